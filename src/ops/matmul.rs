@@ -1,0 +1,150 @@
+//! C <- beta C + alpha A B, for matrices of any strides.
+//!
+//! The only file with `unsafe`: it hands pointers and strides to the library that multiplies. One product runs on one
+//! thread; callers run several at once, cut in ways that depend on shapes alone, so that results keep their bits at any
+//! number of threads.
+//!
+//! Cost: 2 m n k operations.
+
+#![allow(unsafe_code)]
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
+
+use crate::Scalar;
+
+/// C <- A B.
+///
+/// # Shapes
+/// `a` [m, k], `b` [k, n], `c` [m, n].
+pub(crate) fn product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
+    gemm(a, b, c, false);
+}
+
+/// C <- C + A B.
+///
+/// # Shapes
+/// `a` [m, k], `b` [k, n], `c` [m, n].
+pub(crate) fn add_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
+    gemm(a, b, c, true);
+}
+
+fn gemm<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>, add: bool) {
+    let (m, k) = a.dim();
+    let n = b.ncols();
+    assert_eq!((b.nrows(), c.dim()), (k, (m, n)), "shapes of a product");
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if !add {
+            c.fill(T::zero());
+        }
+        return;
+    }
+    let (a_strides, b_strides) = (a.strides(), b.strides());
+    let c_strides = [c.strides()[0], c.strides()[1]];
+    // SAFETY: the three views are valid for the rows and columns named by m, n, k (asserted above), `c` is borrowed
+    // mutably and therefore overlaps neither `a` nor `b`, and strides are counted in elements on both sides.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            c_strides[1],
+            c_strides[0],
+            add,
+            a.as_ptr(),
+            a_strides[1],
+            a_strides[0],
+            b.as_ptr(),
+            b_strides[1],
+            b_strides[0],
+            T::one(),
+            T::one(),
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// Rows of `c` that one task computes: large enough to keep the product efficient, small enough to share.
+const ROWS_PER_TASK: usize = 128;
+
+/// C <- A B with the rows of C shared among the threads of the current rayon pool.
+pub(crate) fn parallel_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+    let mut c = Array2::zeros((a.nrows(), b.ncols()));
+    rows_in_parallel(a, b, c.view_mut(), false);
+    c
+}
+
+/// C <- C + A B with the rows of C shared among the threads of the current rayon pool.
+pub(crate) fn parallel_add_product<T: Scalar>(
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    c: ArrayViewMut2<'_, T>,
+) {
+    rows_in_parallel(a, b, c, true);
+}
+
+fn rows_in_parallel<T: Scalar>(
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    mut c: ArrayViewMut2<'_, T>,
+    add: bool,
+) {
+    // A product with few, long rows (a weight's gradient) is cut into finer pieces than one with many short ones.
+    let rows = (ROWS_PER_TASK).min(a.nrows().div_ceil(2)).max(16);
+    a.axis_chunks_iter(Axis(0), rows)
+        .into_par_iter()
+        .zip(c.axis_chunks_iter_mut(Axis(0), rows))
+        .for_each(|(a, c)| gemm(a, b, c, add));
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, s};
+
+    use super::*;
+
+    fn numbers(rows: usize, cols: usize, seed: usize) -> Array2<f64> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
+    }
+
+    /// The definition: C <- C + A B, one sum at a time.
+    fn naive(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>, c: &mut Array2<f64>) {
+        for ((i, j), c) in c.indexed_iter_mut() {
+            *c += (0..a.ncols()).map(|k| a[[i, k]] * b[[k, j]]).sum::<f64>();
+        }
+    }
+
+    #[test]
+    fn products_of_any_layout_equal_the_definition() {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (1, 64, 33), (64, 1, 33), (130, 70, 40), (5, 3, 0)] {
+            // Integers: every sum is exact, so equality is exact. Views: transposed, strided, reversed.
+            let a_t = numbers(k, m, 1);
+            let b_wide = numbers(k, 2 * n, 2);
+            let b = b_wide.slice(s![.., ..;2]);
+            let a = a_t.t();
+            let a_back = a.slice(s![..;-1, ..]);
+            for a in [a, a_back] {
+                let mut expected = Array2::zeros((m, n));
+                naive(a, b, &mut expected);
+                let mut c = Array2::from_elem((m, n), f64::NAN);
+                product(a, b, c.view_mut());
+                assert_eq!(c, expected);
+                assert_eq!(parallel_product(a, b), expected);
+                naive(a, b, &mut expected);
+                add_product(a, b, c.view_mut());
+                assert_eq!(c, expected);
+                let mut c = Array2::from_elem((n, m), f64::NAN);
+                product(a, b, c.view_mut().reversed_axes());
+                parallel_add_product(a, b, c.view_mut().reversed_axes());
+                assert_eq!(c.t(), expected);
+            }
+        }
+    }
+}
