@@ -18,7 +18,7 @@ pub trait Scalar:
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
     /// This number, exactly.
-    fn to_f64(self) -> f64;
+    fn as_f64(self) -> f64;
     /// `exp(x)`, built to be vectorised: no branches, no table.
     ///
     /// Relative error at most 1.5e-7 (`f32`) and 5e-16 (`f64`) for `x` in [-87, 88] and [-708, 709]; below, 0; above,
@@ -38,7 +38,7 @@ impl Scalar for f32 {
     }
 
     #[inline(always)]
-    fn to_f64(self) -> f64 {
+    fn as_f64(self) -> f64 {
         self.into()
     }
 
@@ -73,7 +73,7 @@ impl Scalar for f64 {
     }
 
     #[inline(always)]
-    fn to_f64(self) -> f64 {
+    fn as_f64(self) -> f64 {
         self
     }
 

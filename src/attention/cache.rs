@@ -1,0 +1,186 @@
+//! The distant past of one head: a count and a mean value per code.
+//!
+//! ```text
+//! (1)  N_s  <- N_s + 1
+//! (2)  mu_s <- mu_s + (v - mu_s) / N_s
+//! ```
+//!
+//! A mean that is updated a million times in `f32` loses what each update adds: after N updates the steps are smaller than
+//! the rounding of `mu`, and the error can reach N u max|v| / 2 (u the unit roundoff, 6e-8). So each mean is kept as the
+//! unevaluated sum of two numbers, `mean + residual`, joined without error. An error made at update n shrinks by n/N until
+//! update N, which leaves
+//!
+//! ```text
+//! |mean - mu| <= (8 u + N u^2) max|v|
+//! ```
+//!
+//! Counts are integers. Tokens enter one at a time in the order of positions, so the cache is the same bits wherever a
+//! sequence was cut into blocks and pieces.
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+
+use crate::error::{check_finite, check_shape};
+use crate::{Error, Scalar};
+
+/// One count and one mean value per code: all that attention needs to know of keys beyond the window.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompressiveCache<T> {
+    mean: Array2<T>,
+    residual: Array2<T>,
+    count: Array1<u64>,
+}
+
+impl<T: Scalar> CompressiveCache<T> {
+    /// An empty cache for S codes and values of width V.
+    pub(crate) fn new(n_codes: usize, d_v: usize) -> Self {
+        CompressiveCache {
+            mean: Array2::zeros((n_codes, d_v)),
+            residual: Array2::zeros((n_codes, d_v)),
+            count: Array1::zeros(n_codes),
+        }
+    }
+
+    /// A cache from its parts, as read back from [`mean`](Self::mean), [`residual`](Self::residual) and
+    /// [`count`](Self::count).
+    ///
+    /// # Shapes
+    /// `mean` and `residual` [S, V], `count` [S].
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::NotFinite`].
+    pub fn from_parts(mean: Array2<T>, residual: Array2<T>, count: Array1<u64>) -> Result<Self, Error> {
+        check_shape("residual", mean.shape(), residual.shape())?;
+        check_shape("count", &[mean.nrows()], count.shape())?;
+        check_finite("mean", mean.view())?;
+        check_finite("residual", residual.view())?;
+        let own = |a: Array2<T>| a.as_standard_layout().into_owned();
+        Ok(CompressiveCache { mean: own(mean), residual: own(residual), count })
+    }
+
+    /// Mean value of each code [S, V]; 0 where nothing was counted.
+    pub fn mean(&self) -> ArrayView2<'_, T> {
+        self.mean.view()
+    }
+
+    /// What rounding took from [`mean`](Self::mean) [S, V]: their exact sum is the mean to twice the precision.
+    pub fn residual(&self) -> ArrayView2<'_, T> {
+        self.residual.view()
+    }
+
+    /// How many tokens of each code are in the cache [S].
+    pub fn count(&self) -> ArrayView1<'_, u64> {
+        self.count.view()
+    }
+
+    /// Adds one token (formulas 1 and 2).
+    pub(crate) fn push(&mut self, code: u32, value: ArrayView1<'_, T>) {
+        let s = code as usize;
+        self.count[s] += 1;
+        let share = T::one() / T::from_f64(self.count[s] as f64);
+        let mut mean = self.mean.row_mut(s);
+        let mut residual = self.residual.row_mut(s);
+        for ((mean, residual), &v) in mean.iter_mut().zip(residual.iter_mut()).zip(value) {
+            let step = ((v - *mean) - *residual) * share;
+            (*mean, *residual) = two_sum(*mean, *residual + step);
+        }
+    }
+
+    /// Adds the tokens of another cache: the cache of the union of two stretches of a sequence.
+    ///
+    /// The count-weighted mean is associative up to rounding, which is what allows a long sequence to be cut into
+    /// segments.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the two differ in S or V.
+    pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
+        check_shape("other", self.mean.shape(), other.mean.shape())?;
+        for s in 0..self.count.len() {
+            if other.count[s] == 0 {
+                continue;
+            }
+            self.count[s] += other.count[s];
+            let share = T::from_f64(other.count[s] as f64 / self.count[s] as f64);
+            let theirs = other.mean.row(s).into_iter().zip(other.residual.row(s));
+            let mine = self.mean.row_mut(s).into_iter().zip(self.residual.row_mut(s));
+            for ((mean, residual), (&m, &r)) in mine.zip(theirs) {
+                let step = ((m - *mean) + (r - *residual)) * share;
+                (*mean, *residual) = two_sum(*mean, *residual + step);
+            }
+        }
+        Ok(())
+    }
+
+    /// ln N_s for every code [S]; -infinity where nothing was counted, so that the code takes no part.
+    pub(crate) fn log_counts(&self) -> Vec<T> {
+        self.count.iter().map(|&n| T::from_f64((n as f64).ln())).collect()
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn size_in_bytes(&self) -> usize {
+        2 * size_of_val(self.mean.as_slice().unwrap_or_default()) + 8 * self.count.len()
+    }
+}
+
+/// The rounded sum of two numbers and what rounding took from it, exactly (Knuth).
+#[inline(always)]
+fn two_sum<T: Scalar>(a: T, b: T) -> (T, T) {
+    let sum = a + b;
+    let b_in_sum = sum - a;
+    let a_in_sum = sum - b_in_sum;
+    (sum, (a - a_in_sum) + (b - b_in_sum))
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    /// Values that a plain running mean gets wrong: a long constant stretch, then a shift too small to move it.
+    fn value(i: u64) -> f32 {
+        let wave = ((i * 7919) % 1009) as f32 / 1009.0;
+        if i < 1_000_000 { 1.0 + wave } else { 0.5 * wave }
+    }
+
+    #[test]
+    fn million_updates_stay_within_the_stated_bound() {
+        const N: u64 = 4_000_000;
+        let mut cache = CompressiveCache::<f32>::new(1, 1);
+        let (mut sum, mut plain) = (0.0f64, 0.0f32);
+        for i in 0..N {
+            let v = value(i);
+            cache.push(0, array![v].view());
+            sum += f64::from(v);
+            plain += (v - plain) / (i + 1) as f32;
+        }
+        let u = f64::from(f32::EPSILON) / 2.0;
+        let exact = sum / N as f64;
+        let bound = (8.0 * u + N as f64 * u * u) * 2.0;
+        let error = (f64::from(cache.mean()[[0, 0]]) - exact).abs();
+        assert!(error <= bound, "{error:e} against {bound:e}");
+        // The test can tell: a mean without the residual is outside.
+        let error = (f64::from(plain) - exact).abs();
+        assert!(error > bound, "plain: {error:e} against {bound:e}");
+    }
+
+    #[test]
+    fn merge_is_the_cache_of_the_union() {
+        let token = |i: u32| (i % 3, array![f64::from(i).sin(), f64::from(i * i % 17)]);
+        let fill = |range: std::ops::Range<u32>| {
+            let mut cache = CompressiveCache::<f64>::new(4, 2);
+            range.map(token).for_each(|(code, v)| cache.push(code, v.view()));
+            cache
+        };
+        let whole = fill(0..100);
+        for cut in [0, 1, 50, 99, 100] {
+            let mut left = fill(0..cut);
+            left.merge(&fill(cut..100)).unwrap();
+            assert_eq!(left.count(), whole.count());
+            let difference = (&left.mean - &whole.mean).mapv(f64::abs).fold(0.0, |a: f64, &b| a.max(b));
+            assert!(difference < 1e-14, "cut at {cut}: {difference:e}");
+        }
+        assert_eq!(whole.count().sum(), 100);
+        assert_eq!(whole.count()[3], 0);
+        assert!(fill(0..1).merge(&CompressiveCache::new(3, 2)).is_err());
+    }
+}

@@ -1,0 +1,102 @@
+//! Random attention problems, shared by the tests of all forms.
+
+use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use transformer_vq::Scalar;
+use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, stream};
+
+/// Standard normal numbers.
+pub fn normal<T: Scalar, Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<T, Sh::Dim>
+where
+    Sh::Dim: Dimension,
+{
+    Array::from_shape_simple_fn(shape, || {
+        let (a, b): (f64, f64) = (rng.random(), rng.random());
+        T::from_f64((-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos())
+    })
+}
+
+/// Sizes and options of one problem.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// Tokens of the piece.
+    pub t: usize,
+    /// Tokens before it, which its state carries.
+    pub before: usize,
+    pub n_codes: usize,
+    pub d_k: usize,
+    pub d_v: usize,
+    pub biases: bool,
+    /// The codebook has moved between the tokens before and the piece.
+    pub moved: bool,
+    pub attention: VqAttention,
+    pub seed: u64,
+}
+
+/// Owned inputs of one head.
+#[derive(Debug, Clone)]
+pub struct Problem<T> {
+    pub q: Array2<T>,
+    pub codes: Array1<u32>,
+    pub v: Array2<T>,
+    pub codewords: Array2<T>,
+    pub biases: Option<(Array1<T>, Array1<T>, Array2<T>)>,
+    pub d_out: Array2<T>,
+    /// Carried from an earlier piece.
+    pub state: AttentionState<T>,
+}
+
+impl<T: Scalar> Problem<T> {
+    pub fn new(case: &Case) -> Self {
+        let Case { t, before, n_codes, d_k, d_v, attention, seed, .. } = *case;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let codes = |rng: &mut ChaCha8Rng, t: usize| {
+            Array1::from_shape_simple_fn(t, || rng.random_range(0..n_codes as u32))
+        };
+        let vector = |rng: &mut ChaCha8Rng| normal(rng, d_k) * T::from_f64(0.5);
+        let biases = case.biases.then(|| {
+            let relative = normal(&mut rng, (attention.window + 1, d_k)) * T::from_f64(0.5);
+            (vector(&mut rng), vector(&mut rng), relative)
+        });
+        let mut problem = Problem {
+            q: normal(&mut rng, (before, d_k)),
+            codes: codes(&mut rng, before),
+            v: normal(&mut rng, (before, d_v)),
+            codewords: normal(&mut rng, (n_codes, d_k)),
+            biases,
+            d_out: Array2::zeros((0, 0)),
+            state: AttentionState::new(n_codes, d_k, d_v, attention.window).unwrap(),
+        };
+        let mut state = problem.state.clone();
+        stream::push(&attention, &problem.inputs(), &mut state).unwrap();
+        problem.q = normal(&mut rng, (t, d_k));
+        problem.codes = codes(&mut rng, t);
+        problem.v = normal(&mut rng, (t, d_v));
+        if case.moved {
+            problem.codewords = normal(&mut rng, (n_codes, d_k));
+        }
+        problem.d_out = normal(&mut rng, (t, d_v));
+        problem.state = state;
+        problem
+    }
+
+    pub fn inputs(&self) -> Inputs<'_, T> {
+        Inputs {
+            q: self.q.view(),
+            codes: self.codes.view(),
+            v: self.v.view(),
+            codewords: self.codewords.view(),
+            biases: self.biases.as_ref().map(|(content, position, relative)| Biases {
+                content: content.view(),
+                position: position.view(),
+                relative: relative.view(),
+            }),
+        }
+    }
+
+    /// The quantized keys.
+    pub fn k_hat(&self) -> Array2<T> {
+        Array2::from_shape_fn(self.q.raw_dim(), |(j, k)| self.codewords[[self.codes[j] as usize, k]])
+    }
+}
