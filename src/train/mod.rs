@@ -1,1 +1,5 @@
 //! (train)
+
+mod schedule;
+
+pub use schedule::Schedule;
