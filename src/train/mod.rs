@@ -1,5 +1,7 @@
 //! (train)
 
+mod adamw;
 mod schedule;
 
+pub use adamw::AdamW;
 pub use schedule::Schedule;
