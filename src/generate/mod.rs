@@ -1,1 +1,5 @@
 //! (generate)
+
+mod sampler;
+
+pub use sampler::Sampler;
