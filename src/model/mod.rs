@@ -1,1 +1,5 @@
 //! (model)
+
+mod atomic_file;
+
+pub use atomic_file::write_atomically;
