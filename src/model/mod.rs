@@ -1,5 +1,7 @@
 //! (model)
 
 mod atomic_file;
+mod tensor_file;
 
 pub use atomic_file::write_atomically;
+pub use tensor_file::{Tensor, TensorFile};
