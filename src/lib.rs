@@ -20,6 +20,7 @@
 #![warn(missing_docs, missing_debug_implementations)]
 
 pub mod attention;
+pub mod check;
 pub mod codebook;
 mod error;
 pub mod ops;

@@ -106,7 +106,7 @@ impl Sampler {
     /// The tokens that can be drawn: by id, or from the most to the least probable where some are left out.
     fn candidates<T: Scalar>(&self, logits: ArrayView1<'_, T>, best: Candidate) -> Vec<Candidate> {
         let weigh = |(token, &x): (usize, &T)| {
-            let logit = x.to_f64();
+            let logit = x.as_f64();
             let weight = ((logit - best.logit) / self.temperature).exp(); // (1)
             Candidate { token: token as u32, logit, weight }
         };
@@ -145,7 +145,7 @@ fn argmax<T: Scalar>(logits: ArrayView1<'_, T>) -> Result<Candidate, Error> {
     }
     let mut best = Candidate { token: 0, logit: f64::NEG_INFINITY, weight: 1.0 };
     for (token, &x) in logits.iter().enumerate() {
-        let logit = x.to_f64();
+        let logit = x.as_f64();
         if logit.is_nan() || logit == f64::INFINITY {
             return Err(Error::NotFinite { what: "logits", index: vec![token], value: logit.to_string() });
         }

@@ -191,11 +191,11 @@ fn sum_of_squares_of_slice<T: Scalar>(x: &[T]) -> f64 {
     let (blocks, rest) = x.as_chunks::<LANES>();
     for block in blocks {
         for (sum, &x) in sums.iter_mut().zip(block) {
-            *sum += x.to_f64() * x.to_f64();
+            *sum += x.as_f64() * x.as_f64();
         }
     }
     for (sum, &x) in sums.iter_mut().zip(rest) {
-        *sum += x.to_f64() * x.to_f64();
+        *sum += x.as_f64() * x.as_f64();
     }
     sums.iter().sum()
 }
@@ -293,7 +293,7 @@ mod tests {
         let expected = expected.iter().flatten();
         let (mut error, mut size) = (0.0, 0.0);
         for (&got, expected) in got.iter().flatten().zip(expected) {
-            error += (got.to_f64() - expected).powi(2);
+            error += (got.as_f64() - expected).powi(2);
             size += expected.powi(2);
         }
         (error / size).sqrt()

@@ -27,8 +27,8 @@ impl<T: Scalar> Element for T {
 
     fn append_to(self, bytes: &mut Vec<u8>) {
         match T::DTYPE {
-            Dtype::F32 => bytes.extend((self.to_f64() as f32).to_le_bytes()),
-            _ => bytes.extend(self.to_f64().to_le_bytes()),
+            Dtype::F32 => bytes.extend((self.as_f64() as f32).to_le_bytes()),
+            _ => bytes.extend(self.as_f64().to_le_bytes()),
         }
     }
 }
