@@ -1,0 +1,383 @@
+//! codes <- the nearest codewords of the keys.
+//!
+//! [`assign_naive`] is the definition in plain loops, its distances summed in `f64`:
+//!
+//! (1) z_j = argmin_s |k_j - c_s|^2, a tie takes the lowest s
+//!
+//! [`assign`] returns the same codes, bit for bit, by a matrix product:
+//!
+//! (2) mu = mean_s c_s,   c'_s = c_s - mu,   h_s = |c'_s|^2 / 2 + mu . c'_s           once per codebook
+//! (3) score_sj = h_s - c'_s . k_j  ( = |k_j - c_s|^2 / 2 - |k_j - mu|^2 / 2 )        keys in the SIMD lanes
+//! (4) z_j = argmin_s score_sj, if the second best score is more than tau_j above the best;
+//!     else (1) among the codes whose score is at most tau_j above the best
+//!
+//! tau_j bounds what rounding can do to the difference of two scores and to the comparison of two distances of (1),
+//! with eps the spacing of numbers at 1, in the type T of the arrays and in f64, and tiny the smallest normal number:
+//!
+//! (5) tau_j = (K + 4) ( eps_T (|k_j| max|c'| + max|h|) + 8 eps_f64 (|k_j| + max|c|)^2 + tiny_T (1 + |k_j|) )
+//!
+//! The first term is the one that counts: a product of K terms is off by at most K eps/2 |k_j||c'_s|, and the roundings
+//! of c'_s, of h_s and of the subtraction add three halves of eps at most; there are two scores. The second term holds the
+//! roundings of (1) and, where T is f64, of h_s. The third covers underflow; where (3) could overflow, tau_j is infinite.
+//! So a code depends on its key and the codewords alone: not on the length of the piece it came in, on the number of
+//! threads, or on the processor. Without the centring a common offset of the codewords would make tau_j large and
+//! step (4) slow.
+//!
+//! Cost: 2 N S K operations in the product and about six per score in (4). A key with m codes within tau_j pays m K more in
+//! plain loops; where codewords differ that is about one key in a thousand, with m = 2. Scratch: S x 128 scores per task.
+
+use ndarray::{
+    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis,
+    ShapeBuilder, s,
+};
+use rayon::prelude::*;
+
+use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::matmul::product;
+use crate::ops::simd::on_best_simd;
+use crate::{Error, Scalar};
+
+/// Keys whose scores are computed by one product: their scores against some hundred codes stay in the second-level cache.
+const BLOCK: usize = 128;
+
+/// Keys whose lowest scores are kept in registers while the codes go by.
+const LANES: usize = 32;
+
+/// Keys of one task: enough to repay its scratch, few enough to share a sequence among threads.
+const KEYS_PER_TASK: usize = 8 * BLOCK;
+
+/// The code of each key, by definition: the index of the codeword at the smallest distance, the lowest such index.
+///
+/// Plain loops over keys, codes and dimensions, differences and sums in `f64`. This is what [`assign`] is tested against.
+///
+/// # Shapes
+/// `keys` [N, K], `codewords` [S, K], the codes [N].
+///
+/// # Errors
+/// [`Error::Shape`] if the widths differ, [`Error::Empty`] without codewords or with K = 0, [`Error::NotFinite`] for NaN and
+/// infinities, [`Error::Invalid`] for more codes than a `u32` can name.
+pub fn assign_naive<T: Scalar>(
+    keys: ArrayView2<'_, T>,
+    codewords: ArrayView2<'_, T>,
+) -> Result<Array1<u32>, Error> {
+    check_codewords(codewords.insert_axis(Axis(0)))?;
+    check_shape("keys", &[keys.nrows(), codewords.ncols()], keys.shape())?;
+    check_finite("keys", keys)?;
+    checked_len("codes", &[keys.nrows()])?;
+    Ok(keys
+        .outer_iter()
+        .map(|key| {
+            let (mut nearest, mut least) = (0, f64::INFINITY);
+            for (code, codeword) in (0..).zip(codewords.outer_iter()) {
+                let mut distance = 0.0;
+                for (&k, &c) in key.iter().zip(codeword) {
+                    let e = k.as_f64() - c.as_f64();
+                    distance += e * e;
+                }
+                if distance < least {
+                    (nearest, least) = (code, distance);
+                }
+            }
+            nearest
+        })
+        .collect())
+}
+
+/// The code of each key, exactly as [`assign_naive`] has it, at the speed of a matrix product.
+///
+/// Runs on the threads of the current rayon pool.
+///
+/// # Shapes
+/// `keys` [N, K], `codewords` [S, K], both of any strides; the codes [N].
+///
+/// # Errors
+/// As [`assign_naive`].
+///
+/// ```
+/// use transformer_vq::codebook::assign;
+/// use transformer_vq::ndarray::array;
+///
+/// let codewords = array![[0.0, 0.0], [4.0, 0.0], [4.0, 0.0]];
+/// let keys = array![[1.0, 1.0], [3.0, -1.0], [2.0, 5.0]];
+/// // The last key is as far from code 0 as from the others; codes 1 and 2 share a codeword: the lowest wins.
+/// assert_eq!(assign(keys.view(), codewords.view())?.to_vec(), [0, 1, 0]);
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+pub fn assign<T: Scalar>(
+    keys: ArrayView2<'_, T>,
+    codewords: ArrayView2<'_, T>,
+) -> Result<Array1<u32>, Error> {
+    check_codewords(codewords.insert_axis(Axis(0)))?;
+    check_shape("keys", &[keys.nrows(), codewords.ncols()], keys.shape())?;
+    checked_len("codes", &[keys.nrows()])?;
+    let mut codes = vec![0; keys.nrows()];
+    if !assign_in_tasks(&PackedCodewords::new(codewords), keys, &mut codes) {
+        check_finite("keys", keys)?;
+    }
+    Ok(codes.into())
+}
+
+/// The codes of keys [B, H, T, K], each head with its own codewords [H, S, K]: codes [B, H, T].
+pub(super) fn assign_heads<T: Scalar>(
+    keys: ArrayView4<'_, T>,
+    codewords: ArrayView3<'_, T>,
+) -> Result<Array3<u32>, Error> {
+    let (n_sequences, _, len, _) = keys.dim();
+    let (n_heads, _, d_k) = codewords.dim();
+    check_shape("keys", &[n_sequences, n_heads, len, d_k], keys.shape())?;
+    let n_codes = checked_len("codes", &[n_sequences, n_heads, len])?;
+    let mut codes = vec![0; n_codes];
+    if len > 0 {
+        let packed: Vec<_> = codewords.outer_iter().into_par_iter().map(PackedCodewords::new).collect();
+        let finite = codes
+            .par_chunks_mut(len)
+            .enumerate()
+            .map(|(i, codes)| {
+                let (sequence, head) = (i / n_heads, i % n_heads);
+                assign_in_tasks(&packed[head], keys.slice(s![sequence, head, .., ..]), codes)
+            })
+            .reduce(|| true, |a, b| a & b);
+        if !finite {
+            check_finite("keys", keys)?;
+        }
+    }
+    Ok(Array3::from_shape_vec((n_sequences, n_heads, len), codes).expect("as many codes as the shape says"))
+}
+
+/// Checks codewords [H, S, K]: at least one, each with a width, finite, and named by a `u32`.
+pub(super) fn check_codewords<T: Scalar>(codewords: ArrayView3<'_, T>) -> Result<(), Error> {
+    if codewords.is_empty() {
+        return Err(Error::Empty { what: "codewords" });
+    }
+    let n_codes = codewords.len_of(Axis(1));
+    if u32::try_from(n_codes).is_err() {
+        return Err(Error::invalid("codewords", "at most 2^32 - 1 per head", n_codes));
+    }
+    check_finite("codewords", codewords)
+}
+
+/// One head's keys in tasks of a fixed size; whether every key has a finite norm.
+fn assign_in_tasks<T: Scalar>(
+    codewords: &PackedCodewords<T>,
+    keys: ArrayView2<'_, T>,
+    codes: &mut [u32],
+) -> bool {
+    keys.axis_chunks_iter(Axis(0), KEYS_PER_TASK)
+        .into_par_iter()
+        .zip(codes.par_chunks_mut(KEYS_PER_TASK))
+        .map(|(keys, codes)| assign_into(codewords, keys, codes))
+        .reduce(|| true, |a, b| a & b)
+}
+
+/// One head's codewords, made ready for (3) and (4).
+#[derive(Debug)]
+pub(crate) struct PackedCodewords<T> {
+    codewords: Array2<T>, // [S, K]
+    /// c'
+    centred: Array2<T>, // [S, K]
+    /// h
+    offsets: Vec<T>, // [S]
+    /// max |c|
+    norm: f64,
+    /// max |c'|
+    centred_norm: f64,
+    /// max |h|
+    offset: f64,
+}
+
+impl<T: Scalar> PackedCodewords<T> {
+    /// (2), from codewords [S, K] with S > 0.
+    pub(crate) fn new(codewords: ArrayView2<'_, T>) -> Self {
+        let exact = codewords.mapv(|c| c.as_f64());
+        let mean = exact.mean_axis(Axis(0)).expect("at least one codeword");
+        let exact_centred = &exact - &mean;
+        let offsets: Vec<f64> =
+            exact_centred.outer_iter().map(|row| row.dot(&row) / 2.0 + mean.dot(&row)).collect();
+        // f64::max would drop a NaN, which says that something has overflowed and that (3) cannot be used.
+        let max = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };
+        Self {
+            codewords: codewords.as_standard_layout().into_owned(),
+            centred: exact_centred.mapv(T::from_f64),
+            norm: exact.outer_iter().map(norm).fold(0.0, max),
+            centred_norm: exact_centred.outer_iter().map(norm).fold(0.0, max),
+            offset: offsets.iter().map(|h| h.abs()).fold(0.0, max),
+            offsets: offsets.into_iter().map(T::from_f64).collect(),
+        }
+    }
+
+    /// (5), given |k|.
+    fn tolerance(&self, key_norm: f64) -> f64 {
+        let terms = self.codewords.ncols() as f64 + 4.0;
+        let scale = key_norm * self.centred_norm + self.offset;
+        let distance = (key_norm + self.norm) * (key_norm + self.norm);
+        // No partial sum of (3) exceeds this scale.
+        if scale < T::max_value().as_f64() / 4.0 {
+            let tiny = T::min_positive_value().as_f64() * (1.0 + key_norm);
+            terms * (T::epsilon().as_f64() * scale + 8.0 * f64::EPSILON * distance + tiny)
+        } else {
+            f64::INFINITY
+        }
+    }
+
+    /// (1) among the codes whose score is at most `tolerance` above the best one.
+    fn settle(
+        &self,
+        key: ArrayView1<'_, T>,
+        products: impl Iterator<Item = T>,
+        best: f64,
+        tolerance: f64,
+    ) -> u32 {
+        let (mut nearest, mut least) = (0, f64::INFINITY);
+        for (((code, codeword), &h), p) in
+            (0..).zip(self.codewords.outer_iter()).zip(&self.offsets).zip(products)
+        {
+            // After an overflow this is infinite or NaN, never above an infinite tolerance.
+            let far = (h - p).as_f64() - best > tolerance;
+            if far {
+                continue;
+            }
+            let distance = key.iter().zip(codeword).fold(0.0, |sum, (&k, &c)| {
+                let e = k.as_f64() - c.as_f64();
+                sum + e * e
+            });
+            if distance < least {
+                (nearest, least) = (code, distance);
+            }
+        }
+        nearest
+    }
+}
+
+/// Writes the codes of one head's keys; returns whether every key has a finite norm.
+///
+/// A key that holds NaN gets some code. The answer tells the caller to look for the place, so that no pass over the keys
+/// is spent on the search in the usual case. (The square of a large finite key may overflow: the look finds nothing.)
+///
+/// # Shapes
+/// `keys` [N, K] of any strides, `codes` [N].
+pub(crate) fn assign_into<T: Scalar>(
+    codewords: &PackedCodewords<T>,
+    keys: ArrayView2<'_, T>,
+    codes: &mut [u32],
+) -> bool {
+    debug_assert_eq!(keys.dim(), (codes.len(), codewords.centred.ncols()));
+    let n_codes = codewords.offsets.len();
+    let groups = BLOCK.min(codes.len()).div_ceil(LANES);
+    let mut products = vec![[T::zero(); LANES]; n_codes * groups];
+    let mut lowest =
+        vec![Lowest { best: [T::zero(); LANES], second: [T::zero(); LANES], code: [0; LANES] }; groups];
+    let mut finite = true;
+    for (keys, codes) in keys.axis_chunks_iter(Axis(0), BLOCK).zip(codes.chunks_mut(BLOCK)) {
+        let n = codes.len();
+        let groups = n.div_ceil(LANES);
+        let rows = &mut products[..n_codes * groups];
+        // Lanes beyond n keep what an earlier block left there; nobody asks for their codes.
+        let shape = (n_codes, n).strides((groups * LANES, 1));
+        let mut products = ArrayViewMut2::from_shape(shape, rows.as_flattened_mut()).expect("rows of lanes"); // [S, n]
+        product(codewords.centred.view(), keys.t(), products.view_mut());
+        on_best_simd!(find_lowest(rows, &codewords.offsets, &mut lowest[..groups]));
+        for (j, key) in keys.outer_iter().enumerate() {
+            let key_norm = norm(key);
+            finite &= key_norm.is_finite();
+            let tolerance = codewords.tolerance(key_norm);
+            let (group, lane) = (&lowest[j / LANES], j % LANES);
+            let best = group.best[lane].as_f64();
+            // False as well when the scores are infinite or NaN.
+            let clear = group.second[lane].as_f64() - best > tolerance;
+            codes[j] = if clear {
+                group.code[lane]
+            } else {
+                let products = rows[j / LANES..].iter().step_by(groups).map(|row| row[lane]);
+                codewords.settle(key, products, best, tolerance)
+            };
+        }
+    }
+    finite
+}
+
+/// Per key of a group: the lowest score, the second lowest, and the code of the lowest.
+#[derive(Clone)]
+struct Lowest<T> {
+    best: [T; LANES],
+    second: [T; LANES],
+    code: [u32; LANES],
+}
+
+/// (3) and the argmin of (4).
+///
+/// `products` [S, groups] of lanes, `offsets` [S], `lowest` [groups].
+#[inline(always)]
+fn find_lowest<T: Scalar>(products: &[[T; LANES]], offsets: &[T], lowest: &mut [Lowest<T>]) {
+    let groups = lowest.len();
+    for (group, lowest) in lowest.iter_mut().enumerate() {
+        // Local, so that they stay in registers for all codes.
+        let (mut best, mut second) = ([T::infinity(); LANES], [T::infinity(); LANES]);
+        let mut nearest = [0; LANES];
+        for ((code, products), &h) in (0..).zip(products[group..].iter().step_by(groups)).zip(offsets) {
+            for lane in 0..LANES {
+                let score = h - products[lane];
+                let wins = score < best[lane];
+                let runner_up = if wins { best[lane] } else { score };
+                second[lane] = if runner_up < second[lane] { runner_up } else { second[lane] };
+                nearest[lane] = if wins { code } else { nearest[lane] };
+                best[lane] = if wins { score } else { best[lane] };
+            }
+        }
+        *lowest = Lowest { best, second, code: nearest };
+    }
+}
+
+/// |row|, and not less where squares have vanished: then what is added is larger.
+fn norm<T: Scalar>(row: ArrayView1<'_, T>) -> f64 {
+    row.dot(&row).as_f64().sqrt() + T::min_positive_value().as_f64().sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers in -1 .. 1 without a pattern, around `offset`.
+    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: u64, offset: f64) -> Array2<T> {
+        let mut state = seed;
+        Array2::from_shape_simple_fn((rows, cols), || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            T::from_f64(offset + (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+        })
+    }
+
+    /// Differences of scores as computed differ from the true ones by tau at most, and tau is small.
+    fn scores_keep_the_stated_bound<T: Scalar>() {
+        for (n_codes, d_k, offset) in
+            [(2, 1, 0.0), (17, 3, 0.0), (64, 128, 0.0), (64, 128, 5.0), (64, 16, -100.0)]
+        {
+            let codewords = numbers::<T>(n_codes, d_k, 1, offset);
+            let keys = numbers::<T>(50, d_k, 2, offset);
+            let packed = PackedCodewords::new(codewords.view());
+            let mut products = Array2::from_elem((n_codes, 50), T::nan());
+            product(packed.centred.view(), keys.t(), products.view_mut());
+            for (key, products) in keys.outer_iter().zip(products.columns()) {
+                let tolerance = packed.tolerance(norm(key));
+                let size = (norm(key) + packed.norm).powi(2);
+                assert!(
+                    tolerance <= 10.0 * (d_k as f64 + 4.0) * T::epsilon().as_f64() * size,
+                    "{tolerance:e}"
+                );
+                let errors =
+                    codewords.outer_iter().zip(&packed.offsets).zip(products).map(|((codeword, &h), &p)| {
+                        let distance: f64 =
+                            key.iter().zip(codeword).map(|(&k, &c)| (k.as_f64() - c.as_f64()).powi(2)).sum();
+                        (h - p).as_f64() - distance / 2.0
+                    });
+                let (least, most) =
+                    errors.fold((f64::INFINITY, -f64::INFINITY), |(a, b), e| (e.min(a), e.max(b)));
+                assert!(most - least <= tolerance, "{:e} above {tolerance:e}", most - least);
+            }
+        }
+    }
+
+    #[test]
+    fn the_tolerance_bounds_the_rounding() {
+        scores_keep_the_stated_bound::<f32>();
+        scores_keep_the_stated_bound::<f64>();
+    }
+}

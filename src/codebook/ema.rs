@@ -1,0 +1,134 @@
+//! Codewords that follow the keys: the exponential moving average of the paper.
+//!
+//! (1) C = sums / max(counts, 0.01)                                 sums [S, K], counts [S], of each head
+//! (2) sums   <- g sums   + (1 - g) sum_{j: z_j = s} k_j            g the decay
+//! (3) counts <- g counts + (1 - g) n_s
+//!
+//! A code that no key takes keeps its codeword, as (2) and (3) scale both alike, until its count falls below 0.01: after
+//! `ln(0.01 / count) / ln(g)` updates in a row. From then on its codeword shrinks towards zero by g per update.
+//!
+//! Cost: H S K per update. Source: Transformer-VQ (Lingle, 2023, arXiv 2309.16354).
+
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis};
+
+use super::CodeStats;
+use super::assign::check_codewords;
+use crate::error::{check_finite, check_shape, checked_len};
+use crate::{Error, Scalar};
+
+/// Counts below this one do not divide.
+const LEAST_COUNT: f64 = 0.01;
+
+/// The moving sums of keys and counts per code: the state from which the codewords are derived.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ema<T> {
+    sums: Array3<T>,   // [H, S, K]
+    counts: Array2<T>, // [H, S]
+    decay: f64,
+}
+
+impl<T: Scalar> Ema<T> {
+    /// A state to go on from: one of a checkpoint, say.
+    ///
+    /// # Shapes
+    /// `sums` [H, S, K], `counts` [H, S].
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Empty`] (H, S or K = 0), [`Error::NotFinite`] (the codewords count as well), and
+    /// [`Error::Invalid`] for a decay outside 0 ..= 1 or a count below 0.
+    pub fn new(sums: Array3<T>, counts: Array2<T>, decay: f64) -> Result<Self, Error> {
+        let (n_heads, n_codes, _) = sums.dim();
+        check_shape("counts", &[n_heads, n_codes], counts.shape())?;
+        check_finite("sums", sums.view())?;
+        check_finite("counts", counts.view())?;
+        if let Some(count) = counts.iter().find(|&&count| count < T::zero()) {
+            return Err(Error::invalid("counts", "0 or more", count));
+        }
+        if !(0.0..=1.0).contains(&decay) {
+            return Err(Error::invalid("decay", "from 0 to 1", decay));
+        }
+        let ema = Self { sums, counts, decay };
+        check_codewords(ema.codewords().view())?;
+        Ok(ema)
+    }
+
+    /// Starts at the given codewords, each with a count of 1.
+    ///
+    /// (With a count of 0 the first update would throw every unused codeword far away.)
+    ///
+    /// # Shapes
+    /// `codewords` [H, S, K].
+    ///
+    /// # Errors
+    /// As [`Ema::new`].
+    pub fn from_codewords(codewords: Array3<T>, decay: f64) -> Result<Self, Error> {
+        let (n_heads, n_codes, _) = codewords.dim();
+        checked_len("counts", &[n_heads, n_codes])?;
+        Self::new(codewords, Array2::ones((n_heads, n_codes)), decay)
+    }
+
+    /// The moving sums of keys [H, S, K].
+    pub fn sums(&self) -> ArrayView3<'_, T> {
+        self.sums.view()
+    }
+
+    /// The moving counts [H, S].
+    pub fn counts(&self) -> ArrayView2<'_, T> {
+        self.counts.view()
+    }
+
+    /// The part g of the old state that an update keeps.
+    pub fn decay(&self) -> f64 {
+        self.decay
+    }
+
+    /// The same state in another precision. Rounds to nearest: beyond the largest `f32` to infinity.
+    pub fn cast<U: Scalar>(&self) -> Ema<U> {
+        let cast = |x: T| U::from_f64(x.as_f64());
+        Ema { sums: self.sums.mapv(cast), counts: self.counts.mapv(cast), decay: self.decay }
+    }
+
+    /// (1).
+    pub(super) fn codewords(&self) -> Array3<T> {
+        let least = T::from_f64(LEAST_COUNT);
+        let divisors = self.counts.mapv(|count| count.max(least));
+        &self.sums / &divisors.insert_axis(Axis(2))
+    }
+
+    /// (2) and (3); the state is left as it was if an error is returned.
+    pub(super) fn update(&mut self, stats: &CodeStats<T>) -> Result<(), Error> {
+        check_shape("stats", self.sums.shape(), stats.sums().shape())?;
+        check_finite("stats.sums", stats.sums())?;
+        let (keep, take) = (T::from_f64(self.decay), T::from_f64(1.0 - self.decay));
+        let mut sums = self.sums.clone();
+        sums.zip_mut_with(&stats.sums(), |sum, &new| *sum = keep * *sum + take * new);
+        let mut counts = self.counts.clone();
+        counts
+            .zip_mut_with(&stats.counts(), |count, &n| *count = keep * *count + take * T::from_f64(n as f64));
+        *self = Self::new(sums, counts, self.decay)?;
+        Ok(())
+    }
+}
+
+impl Ema<f32> {
+    /// The published start: sums from N(0, 1 / (H S)), every count 1.
+    ///
+    /// `normal` is asked for one number of the standard normal distribution after the other, in the order of the sums.
+    /// In another precision: [`Ema::cast`].
+    ///
+    /// # Errors
+    /// As [`Ema::new`], and [`Error::TooLarge`].
+    pub fn random(
+        n_heads: usize,
+        n_codes: usize,
+        d_k: usize,
+        decay: f64,
+        mut normal: impl FnMut() -> f64,
+    ) -> Result<Self, Error> {
+        checked_len("codewords", &[n_heads, n_codes, d_k])?;
+        let deviation = 1.0 / (n_heads as f64 * n_codes as f64).sqrt();
+        let codewords =
+            Array3::from_shape_simple_fn((n_heads, n_codes, d_k), || (deviation * normal()) as f32);
+        Self::from_codewords(codewords, decay)
+    }
+}
