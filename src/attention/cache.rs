@@ -20,6 +20,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use crate::error::{check_finite, check_shape};
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// One count and one mean value per code: all that attention needs to know of keys beyond the window.
@@ -77,11 +78,13 @@ impl<T: Scalar> CompressiveCache<T> {
         let s = code as usize;
         self.count[s] += 1;
         let share = T::one() / T::from_f64(self.count[s] as f64);
-        let mut mean = self.mean.row_mut(s);
-        let mut residual = self.residual.row_mut(s);
-        for ((mean, residual), &v) in mean.iter_mut().zip(residual.iter_mut()).zip(value) {
-            let step = ((v - *mean) - *residual) * share;
-            (*mean, *residual) = two_sum(*mean, *residual + step);
+        let (mut mean, mut residual) = (self.mean.row_mut(s), self.residual.row_mut(s));
+        let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
+        if let (Some(mean), Some(residual), Some(value)) = rows {
+            on_best_simd!(move_mean(mean, residual, value, share));
+        } else {
+            let row = mean.iter_mut().zip(residual.iter_mut()).zip(value);
+            row.for_each(|((mean, residual), &v)| move_element(mean, residual, v, share));
         }
     }
 
@@ -119,6 +122,20 @@ impl<T: Scalar> CompressiveCache<T> {
     pub(crate) fn size_in_bytes(&self) -> usize {
         2 * size_of_val(self.mean.as_slice().unwrap_or_default()) + 8 * self.count.len()
     }
+}
+
+#[inline(always)]
+fn move_mean<T: Scalar>(mean: &mut [T], residual: &mut [T], value: &[T], share: T) {
+    for ((mean, residual), &v) in mean.iter_mut().zip(residual).zip(value) {
+        move_element(mean, residual, v, share);
+    }
+}
+
+/// (2)
+#[inline(always)]
+fn move_element<T: Scalar>(mean: &mut T, residual: &mut T, v: T, share: T) {
+    let step = ((v - *mean) - *residual) * share;
+    (*mean, *residual) = two_sum(*mean, *residual + step);
 }
 
 /// The rounded sum of two numbers and what rounding took from it, exactly (Knuth).

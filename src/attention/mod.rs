@@ -39,11 +39,13 @@ use crate::{Error, Scalar};
 mod block;
 pub mod blockwise;
 mod cache;
+mod heads;
 pub mod naive;
 mod state;
 pub mod stream;
 
 pub use cache::CompressiveCache;
+pub use heads::{BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
 pub use state::{AttentionState, WindowKeys};
 
 /// What kind of attention: block length, window, and how far values and gradients reach.
@@ -199,14 +201,6 @@ impl<T: Scalar> Inputs<'_, T> {
                 position: biases.position.view(),
                 relative: biases.relative.view(),
             }),
-        }
-    }
-
-    /// Queries plus a bias vector, or the queries themselves [.., K].
-    fn shifted_queries(&self, shift: Option<ArrayView1<'_, T>>) -> Array2<T> {
-        match shift {
-            Some(shift) => &self.q + &shift,
-            None => self.q.to_owned(),
         }
     }
 }

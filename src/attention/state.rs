@@ -173,7 +173,7 @@ impl<T: Scalar> AttentionState<T> {
     }
 
     /// Checks that this state was made for these sizes.
-    pub(super) fn check(&self, n_codes: usize, d_k: usize, d_v: usize, window: usize) -> Result<(), Error> {
+    pub(crate) fn check(&self, n_codes: usize, d_k: usize, d_v: usize, window: usize) -> Result<(), Error> {
         check_shape("state.mean", &[n_codes, d_v], self.cache.mean().shape())?;
         check_shape("state.k_hat", &[window, d_k], self.k_hat.shape())?;
         check_shape("state.v", &[window, d_v], self.v.shape())

@@ -1,0 +1,400 @@
+//! Attention over batch x heads: quantize the keys and attend, in one call, with one call back.
+//!
+//! For every sequence b and head h, in parallel on the threads of the current rayon pool:
+//!
+//! ```text
+//! (1)  z = assign(k),  k^ = c_z                      one codebook per head
+//! (2)  o = attention(q, k^, z, v)                    see the module above
+//! (3)  commit_loss = sum over heads and dimensions, mean over positions, of |k - c_z|^2
+//! (4)  statistics of each code's keys                for the codebook to learn from
+//! ```
+//!
+//! Arrays are [B, H, T, width] views of any strides. An array [B, T, H, width] is passed without a copy as
+//! `array.view().permuted_axes([0, 2, 1, 3])`; outputs and gradients are laid out that way in memory, so that
+//! `permuted_axes([0, 2, 1, 3])` and a reshape give [B, T, H width].
+
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+use super::blockwise::{self, RowStatistics, Saved};
+use super::{AttentionState, Biases, Inputs, VqAttention, stream};
+use crate::codebook::assign::{PackedCodewords, assign_into};
+use crate::codebook::{CodeStats, Codebook, Estimator, commitment};
+use crate::error::{check_finite, check_shape, checked_len};
+use crate::{Error, Scalar};
+
+/// What attention over batch and heads takes.
+#[derive(Debug, Clone)]
+pub struct BatchInputs<'a, T> {
+    /// Queries [B, H, T, K], already scaled.
+    pub q: ArrayView4<'a, T>,
+    /// Keys, to be quantized [B, H, T, K].
+    pub k: ArrayView4<'a, T>,
+    /// Values [B, H, T, V].
+    pub v: ArrayView4<'a, T>,
+    /// Relative biases, if any.
+    pub biases: Option<BatchBiases<'a, T>>,
+    /// Positions that count in the loss and in the statistics [B, T]: true where they do. Without it, all do. A position
+    /// that does not count is still seen as a key.
+    pub mask: Option<ArrayView2<'a, bool>>,
+}
+
+/// Relative biases of all heads.
+#[derive(Debug, Clone)]
+pub struct BatchBiases<'a, T> {
+    /// u [H, K], added to queries for content scores.
+    pub content: ArrayView2<'a, T>,
+    /// w [H, K], added to queries for position scores.
+    pub position: ArrayView2<'a, T>,
+    /// r [H, M+1, K], row d belongs to the distance d = i - j.
+    pub relative: ArrayView3<'a, T>,
+}
+
+/// What attention over batch and heads returns.
+#[derive(Debug, Clone)]
+pub struct BatchOutput<T> {
+    /// [B, H, T, V].
+    pub out: Array4<T>,
+    /// [B, H, T].
+    pub codes: Array3<u32>,
+    /// Logarithm of each query's sum of `exp(score)` [B, H, T], nats.
+    pub lse: Array3<T>,
+    /// The share of each query's attention that fell on cached codes [B, H, T].
+    pub cached_mass: Array3<T>,
+    /// What [`Codebook::update`] learns from.
+    pub stats: CodeStats<T>,
+    /// (3), without a weight.
+    pub commit_loss: f64,
+}
+
+/// What backward needs of forward: O(T) numbers per head, and the states the piece began with.
+#[derive(Debug, Clone)]
+pub struct BatchSaved<T> {
+    heads: Vec<Saved<T>>,
+    codes: Array3<u32>,
+    /// The codebook may learn between forward and backward.
+    codewords: Array3<T>,
+}
+
+/// Gradients of [`BatchInputs`].
+#[derive(Debug, Clone)]
+pub struct BatchGradients<T> {
+    /// [B, H, T, K].
+    pub q: Array4<T>,
+    /// Of the keys, through the estimator and from the commitment loss [B, H, T, K].
+    pub k: Array4<T>,
+    /// [B, H, T, V].
+    pub v: Array4<T>,
+    /// Of the codewords, from keys that were read through the cache [H, S, K]. A codebook that learns by moving averages
+    /// does not use it.
+    pub codewords: Array3<T>,
+    /// Of the relative biases, if there are any.
+    pub biases: Option<BatchBiasGradients<T>>,
+}
+
+/// Gradients of [`BatchBiases`].
+#[derive(Debug, Clone)]
+pub struct BatchBiasGradients<T> {
+    /// Of u [H, K].
+    pub content: Array2<T>,
+    /// Of w [H, K].
+    pub position: Array2<T>,
+    /// Of r [H, M+1, K].
+    pub relative: Array3<T>,
+}
+
+impl VqAttention {
+    /// States before the first token for a batch [B, H].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] or [`Error::TooLarge`] if this attention cannot be computed.
+    pub fn new_states<T: Scalar>(
+        &self,
+        batch: usize,
+        codebook: &Codebook<T>,
+        d_v: usize,
+    ) -> Result<Array2<AttentionState<T>>, Error> {
+        self.validate()?;
+        checked_len("states", &[batch, codebook.n_heads(), codebook.n_codes(), d_v])?;
+        checked_len("states", &[batch, codebook.n_heads(), self.window, d_v.max(codebook.d_k())])?;
+        let state = AttentionState::new(codebook.n_codes(), codebook.d_k(), d_v, self.window)?;
+        Ok(Array2::from_elem((batch, codebook.n_heads()), state))
+    }
+
+    /// Quantizes the keys and attends; `states` [B, H] move from before the piece to after it.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, numbers that are not finite, an impossible [`VqAttention`]. The states are then as they were.
+    pub fn forward<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> Result<(BatchOutput<T>, BatchSaved<T>), Error> {
+        inputs.check(self, codebook, states)?;
+        Ok(self.forward_unchecked(inputs, codebook, states))
+    }
+
+    /// [`forward`](Self::forward) on what is known to fit.
+    pub(crate) fn forward_unchecked<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> (BatchOutput<T>, BatchSaved<T>) {
+        let starts: Vec<_> = states.iter().cloned().collect();
+        let codewords = codebook.codewords();
+        let output = run(self, inputs, &codewords, states, blockwise::run);
+        let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
+        let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
+        let codes = output.codes.clone();
+        (output, BatchSaved { heads, codes, codewords })
+    }
+
+    /// As [`forward`](Self::forward), to infer only: pieces of any size, one token included, and nothing is saved.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn push<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> Result<BatchOutput<T>, Error> {
+        inputs.check(self, codebook, states)?;
+        Ok(self.push_unchecked(inputs, codebook, states))
+    }
+
+    /// [`push`](Self::push) on what is known to fit.
+    pub(crate) fn push_unchecked<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> BatchOutput<T> {
+        run(self, inputs, &codebook.codewords(), states, stream::run)
+    }
+
+    /// Every gradient of `sum(d_out * out) + commit_weight * commit_loss`. The states before the piece are constants.
+    ///
+    /// `inputs` are those of [`forward`](Self::forward), `d_out` [B, H, T, V].
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and if `saved` comes from other sizes.
+    pub fn backward<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        saved: BatchSaved<T>,
+        d_out: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+    ) -> Result<BatchGradients<T>, Error> {
+        let BatchSaved { heads, codes, codewords } = saved;
+        let (b, h, t, k) = inputs.q.dim();
+        check_shape("saved.codes", &[b, h, t], codes.shape())?;
+        check_shape("saved.codewords", &[h, codewords.len_of(Axis(1)), k], codewords.shape())?;
+        inputs.check_arrays(self)?;
+        for saved in &heads {
+            saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
+        }
+        check_shape("d_out", inputs.v.shape(), d_out.shape())?;
+        check_finite("d_out", d_out.view())?;
+        if !commit_weight.is_finite() {
+            return Err(Error::invalid("commit_weight", "finite", commit_weight));
+        }
+        let saved = BatchSaved { heads, codes, codewords };
+        Ok(self.backward_unchecked(inputs, saved, d_out, estimator, commit_weight))
+    }
+
+    /// [`backward`](Self::backward) on what is known to fit.
+    pub(crate) fn backward_unchecked<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        saved: BatchSaved<T>,
+        d_out: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+    ) -> BatchGradients<T> {
+        let (b, h, t, k) = inputs.q.dim();
+        let BatchSaved { heads, codes, codewords } = saved;
+        let mut gradients = BatchGradients {
+            q: token_major((b, h, t), k),
+            k: token_major((b, h, t), k),
+            v: token_major((b, h, t), inputs.v.len_of(Axis(3))),
+            codewords: Array3::zeros(codewords.raw_dim()),
+            biases: inputs.biases.as_ref().map(|biases| BatchBiasGradients {
+                content: Array2::zeros(biases.content.raw_dim()),
+                position: Array2::zeros(biases.position.raw_dim()),
+                relative: Array3::zeros(biases.relative.raw_dim()),
+            }),
+        };
+        let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
+        let buffers =
+            parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
+        let of_heads: Vec<_> = heads
+            .into_iter()
+            .zip(buffers)
+            .collect::<Vec<_>>()
+            .into_par_iter()
+            .enumerate()
+            .map(|(n, (saved, ((mut d_q, mut d_k), d_v)))| {
+                let head = inputs.head(n / h, n % h, &codes, &codewords);
+                let d_out = d_out.slice(s![n / h, n % h, .., ..]);
+                let head_gradients = blockwise::run_backward(self, &head, saved, d_out, d_v); // (2)
+                d_q.assign(&head_gradients.q);
+                d_k.assign(&head_gradients.k_hat);
+                let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
+                estimator.backward(keys, head.codes, head.codewords, d_k.view_mut()); // (1)
+                let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
+                commitment::add_gradient(keys, head.codes, head.codewords, mask, commit_scale, d_k); // (3)
+                (head_gradients.codewords, head_gradients.biases)
+            })
+            .collect();
+        for (n, (d_codewords, d_biases)) in of_heads.into_iter().enumerate() {
+            let mut sum = gradients.codewords.index_axis_mut(Axis(0), n % h);
+            sum += &d_codewords;
+            if let (Some(sums), Some(d)) = (&mut gradients.biases, d_biases) {
+                let (mut content, mut position) = (sums.content.row_mut(n % h), sums.position.row_mut(n % h));
+                content += &d.content;
+                position += &d.position;
+                let mut relative = sums.relative.index_axis_mut(Axis(0), n % h);
+                relative += &d.relative;
+            }
+        }
+        gradients
+    }
+}
+
+impl<T: Scalar> BatchInputs<'_, T> {
+    fn check(
+        &self,
+        attention: &VqAttention,
+        codebook: &Codebook<T>,
+        states: &Array2<AttentionState<T>>,
+    ) -> Result<(), Error> {
+        self.check_arrays(attention)?;
+        let (b, h, t, k) = self.q.dim();
+        check_shape("q", &[b, codebook.n_heads(), t, codebook.d_k()], &[b, h, t, k])?;
+        check_shape("states", &[b, h], states.shape())?;
+        let d_v = self.v.len_of(Axis(3));
+        states.iter().try_for_each(|state| state.check(codebook.n_codes(), k, d_v, attention.window))
+    }
+
+    fn check_arrays(&self, attention: &VqAttention) -> Result<(), Error> {
+        attention.validate()?;
+        let (b, h, t, k) = self.q.dim();
+        check_shape("k", &[b, h, t, k], self.k.shape())?;
+        check_shape("v", &[b, h, t, self.v.len_of(Axis(3))], self.v.shape())?;
+        check_finite("q", self.q.view())?;
+        check_finite("k", self.k.view())?;
+        check_finite("v", self.v.view())?;
+        if let Some(mask) = &self.mask {
+            check_shape("mask", &[b, t], mask.shape())?;
+        }
+        if let Some(biases) = &self.biases {
+            check_shape("biases.content", &[h, k], biases.content.shape())?;
+            check_shape("biases.position", &[h, k], biases.position.shape())?;
+            check_shape("biases.relative", &[h, attention.window + 1, k], biases.relative.shape())?;
+            check_finite("biases.content", biases.content.view())?;
+            check_finite("biases.position", biases.position.view())?;
+            check_finite("biases.relative", biases.relative.view())?;
+        }
+        Ok(())
+    }
+
+    /// The inputs of head h of sequence b.
+    fn head<'s>(
+        &'s self,
+        b: usize,
+        h: usize,
+        codes: &'s Array3<u32>,
+        codewords: &'s Array3<T>,
+    ) -> Inputs<'s, T> {
+        Inputs {
+            q: self.q.slice(s![b, h, .., ..]),
+            codes: codes.slice(s![b, h, ..]),
+            v: self.v.slice(s![b, h, .., ..]),
+            codewords: codewords.slice(s![h, .., ..]),
+            biases: self.biases.as_ref().map(|biases| Biases {
+                content: biases.content.row(h),
+                position: biases.position.row(h),
+                relative: biases.relative.slice(s![h, .., ..]),
+            }),
+        }
+    }
+
+    /// Positions that count: the denominator of (3).
+    fn counted(&self) -> usize {
+        let (b, _, t, _) = self.q.dim();
+        self.mask.as_ref().map_or(b * t, |mask| mask.iter().filter(|&&m| m).count())
+    }
+}
+
+/// One array [B, H, T, width] in the memory order of [B, T, H, width].
+fn token_major<T: Scalar>((b, h, t): (usize, usize, usize), width: usize) -> Array4<T> {
+    Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3])
+}
+
+/// The [T, width] parts of an array [B, H, T, width], sequence by sequence, head by head.
+fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
+    let mut parts = vec![];
+    for mut sequence in array.outer_iter_mut() {
+        // Views are split one by one: an iterator over a borrowed view could not outlive it.
+        for _ in 0..sequence.len_of(Axis(0)) {
+            let (head, rest) = sequence.split_at(Axis(0), 1);
+            parts.push(head.index_axis_move(Axis(0), 0));
+            sequence = rest;
+        }
+    }
+    parts
+}
+
+/// One form of attention on one head.
+type Form<T> =
+    fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, ArrayViewMut2<'_, T>) -> RowStatistics<T>;
+
+/// Forward on checked input.
+pub(crate) fn run<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &BatchInputs<'_, T>,
+    codewords: &Array3<T>,
+    states: &mut Array2<AttentionState<T>>,
+    form: Form<T>,
+) -> BatchOutput<T> {
+    let (b, h, t, k) = inputs.q.dim();
+    let packed: Vec<_> = codewords.outer_iter().map(PackedCodewords::new).collect();
+    let mut codes = Array3::zeros((b, h, t));
+    let mut out = token_major((b, h, t), inputs.v.len_of(Axis(3)));
+    // (1)
+    let lanes = codes.as_slice_mut().expect("freshly made");
+    let errors: Vec<f64> = lanes
+        .par_chunks_mut(t.max(1))
+        .enumerate()
+        .map(|(n, codes)| {
+            let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
+            assign_into(&packed[n % h], keys, codes);
+            let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
+            commitment::squared_error(keys, (&*codes).into(), codewords.index_axis(Axis(0), n % h), mask)
+        })
+        .collect();
+    let commit_loss = errors.iter().sum::<f64>() / inputs.counted().max(1) as f64; // (3)
+    // (2)
+    let rows: Vec<RowStatistics<T>> = parts(&mut out)
+        .into_par_iter()
+        .zip(states.as_slice_mut().map_or_else(Vec::new, |states| states.iter_mut().collect()))
+        .enumerate()
+        .map(|(n, (out, state))| form(attention, &inputs.head(n / h, n % h, &codes, codewords), state, out))
+        .collect();
+    // (4), each head's sequences in order
+    let mut stats = CodeStats::zeros(h, codewords.len_of(Axis(1)), k).expect("as large as the codebook");
+    for (n, codes) in codes.lanes(Axis(2)).into_iter().enumerate() {
+        let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
+        stats.accumulate(n % h, inputs.k.slice(s![n / h, n % h, .., ..]), codes, mask);
+    }
+    let (mut lse, mut cached_mass) = (Array3::zeros((b, h, t)), Array3::zeros((b, h, t)));
+    for (n, rows) in rows.into_iter().enumerate() {
+        lse.slice_mut(s![n / h, n % h, ..]).assign(&rows.lse);
+        cached_mass.slice_mut(s![n / h, n % h, ..]).assign(&rows.cached_mass);
+    }
+    BatchOutput { out, codes, lse, cached_mass, stats, commit_loss }
+}
