@@ -10,6 +10,7 @@
 use std::process::ExitCode;
 
 mod attention;
+mod model;
 mod ops;
 
 /// One line of the table.
@@ -24,7 +25,7 @@ pub struct Check {
 
 /// The whole table.
 pub fn checks() -> Vec<Check> {
-    [ops::checks(), attention::checks()].into_iter().flatten().collect()
+    [ops::checks(), attention::checks(), model::checks()].into_iter().flatten().collect()
 }
 
 /// Prints one line for each check and returns whether all of them pass.

@@ -1,7 +1,26 @@
-//! (model)
+//! A language model built from linear-time attention: configuration, units, forward and backward.
+//!
+//! ```text
+//! tokens -> embedding -> unit -> unit -> ... -> norm -> logits
+//!                        | norm, projections, attention over the codebook, gate, residual
+//! ```
+//!
+//! Read in this order: [`ModelConfig`], `layer`, [`Transformer`].
 
 mod atomic_file;
+pub(crate) mod checkpoint;
+mod config;
+mod layer;
+mod parameters;
+pub mod published;
+mod state;
 mod tensor_file;
+mod transformer;
 
 pub use atomic_file::write_atomically;
+pub use config::ModelConfig;
+pub use layer::LayerReport;
+pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};
+pub use state::ModelState;
 pub use tensor_file::{Tensor, TensorFile};
+pub use transformer::{LossAndGradients, Saved, Transformer};

@@ -216,8 +216,8 @@ mod tests {
             let x = numbers((2, n));
             let (a, b) = (x.row(0), x.row(1));
             let (a, b) = (a.to_slice().unwrap(), b.to_slice().unwrap());
-            assert_eq!(dot(a, b), a.iter().zip(b).map(|(a, b)| a * b).sum());
-            assert_eq!(sum(a), a.iter().sum());
+            assert_eq!(dot(a, b), a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>());
+            assert_eq!(sum(a), a.iter().sum::<f64>());
             assert_eq!(max(a), a.iter().fold(f64::NEG_INFINITY, |max, &a| max.max(a)));
             for place in 0..n.min(70) {
                 let mut one_large = a.to_vec();

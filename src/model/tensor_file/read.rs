@@ -64,6 +64,17 @@ impl TensorFile {
         })
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many elements all arrays whose names begin with `prefix` have together.
+    pub(crate) fn count_elements(&self, prefix: &str) -> u128 {
+        let named = self.tensors.iter().filter(|(name, _)| name.starts_with(prefix));
+        named.map(|(_, info)| info.shape.iter().map(|&n| n as u128).product::<u128>()).sum()
+    }
+
     /// The names of the arrays, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -1,0 +1,77 @@
+//! Continues a prompt with a trained model, byte by byte as they come; tokens per second at the end.
+//!
+//! Needs a folder that `train_lm` has written. Runs until `--tokens` bytes are out; memory does not grow with them.
+//!
+//! ```sh
+//! cargo run --release --example generate -- --model runs/train_lm --prompt "pub fn "
+//! ```
+
+use std::error::Error;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use transformer_vq::generate::{Generator, Sampler};
+use transformer_vq::model::Transformer;
+use transformer_vq::ndarray::Array1;
+
+/// Continues a prompt with a trained model.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder with the model's checkpoint
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text to continue
+    #[arg(long, default_value = "\n")]
+    prompt: String,
+    /// Bytes to write
+    #[arg(long, default_value_t = 500)]
+    tokens: usize,
+    /// 0: always the most probable byte
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Draw from this many most probable bytes only
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Draw from the most probable bytes that have this much probability together
+    #[arg(long)]
+    top_p: Option<f64>,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    let model = Transformer::<f32>::load(&args.model)?;
+    let sampler = Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
+    let mut generator = Generator::new(&model, sampler, args.seed)?;
+    let prompt: Array1<u32> = args.prompt.bytes().map(u32::from).collect();
+    generator.read(prompt.view())?;
+    let mut out = std::io::stdout().lock();
+    out.write_all(args.prompt.as_bytes())?;
+    let begun = Instant::now();
+    for _ in 0..args.tokens {
+        out.write_all(&[generator.next_token()? as u8])?;
+        out.flush()?;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    writeln!(out)?;
+    eprintln!(
+        "{} tokens, {:.0} per second; state: {} bytes at any length",
+        args.tokens,
+        args.tokens as f64 / seconds,
+        generator.state().size_in_bytes(),
+    );
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! The sizes and options of a model, checked as a whole.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::attention::VqAttention;
+use crate::error::checked_len;
+
+/// A Transformer-VQ language model: a stack of gated units with linear-time attention.
+///
+/// ```
+/// use transformer_vq::model::ModelConfig;
+///
+/// let config = ModelConfig { d_model: 64, n_layers: 2, ..ModelConfig::default() };
+/// config.validate()?;
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Tokens that the model knows; 256 for bytes.
+    pub vocab_size: usize,
+    /// D, width of the model; even.
+    pub d_model: usize,
+    /// Units. The paper counts two of them as one layer.
+    pub n_layers: usize,
+    /// H, per unit.
+    pub n_heads: usize,
+    /// K, width of a key per head.
+    pub d_k: usize,
+    /// V, width of a value per head.
+    pub d_v: usize,
+    /// S, codewords per head.
+    pub n_codes: usize,
+    /// Block length, window, and how far values and gradients reach.
+    pub attention: VqAttention,
+    /// Whether the table of embeddings, transposed, is the output matrix too.
+    pub tied_embedding: bool,
+    /// Whether sinusoids of the absolute position are added to the embeddings, times a learned scalar that starts at 0.
+    pub absolute_positions: bool,
+    /// Whether an RMS norm precedes the output matrix.
+    pub final_norm: bool,
+    /// Factor on the logits.
+    pub logit_scale: f64,
+    /// Longest wavelength of all sinusoids, in units of 2 pi tokens.
+    pub position_lambda: f64,
+    /// Weight of the commitment loss in the total.
+    pub commit_weight: f64,
+    /// How much of its past a codebook keeps at each update.
+    pub codebook_decay: f64,
+}
+
+impl Default for ModelConfig {
+    /// A small model for bytes: four units, 1.7 million parameters.
+    fn default() -> Self {
+        ModelConfig {
+            vocab_size: 256,
+            d_model: 192,
+            n_layers: 4,
+            n_heads: 1,
+            d_k: 64,
+            d_v: 384,
+            n_codes: 128,
+            attention: VqAttention { block_len: 64, window: 64, ..VqAttention::default() },
+            tied_embedding: false,
+            absolute_positions: false,
+            final_norm: true,
+            logit_scale: 1.0,
+            position_lambda: 1e5,
+            commit_weight: 1e-4,
+            codebook_decay: 0.99,
+        }
+    }
+}
+
+impl ModelConfig {
+    /// Checks that such a model can exist.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the field, [`Error::TooLarge`] naming the array that would not fit.
+    pub fn validate(&self) -> Result<(), Error> {
+        let positive = [
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("n_layers", self.n_layers),
+            ("n_heads", self.n_heads),
+            ("d_k", self.d_k),
+            ("d_v", self.d_v),
+            ("n_codes", self.n_codes),
+        ];
+        for (what, size) in positive {
+            if size == 0 || size > u32::MAX as usize {
+                return Err(Error::invalid(what, "between 1 and 2^32 - 1", size));
+            }
+        }
+        if self.d_model % 2 == 1 {
+            return Err(Error::invalid("d_model", "even (half sines, half cosines)", self.d_model));
+        }
+        self.attention.validate()?;
+        if !self.logit_scale.is_finite() {
+            return Err(Error::invalid("logit_scale", "finite", self.logit_scale));
+        }
+        if !(self.position_lambda.is_finite() && self.position_lambda > 0.0) {
+            return Err(Error::invalid("position_lambda", "positive and finite", self.position_lambda));
+        }
+        if !(self.commit_weight.is_finite() && self.commit_weight >= 0.0) {
+            return Err(Error::invalid("commit_weight", "finite and not negative", self.commit_weight));
+        }
+        if !(0.0..=1.0).contains(&self.codebook_decay) {
+            return Err(Error::invalid("codebook_decay", "between 0 and 1", self.codebook_decay));
+        }
+        let widest = self.d_k.max(self.d_v);
+        checked_len("embedding", &[self.vocab_size, self.d_model])?;
+        checked_len("projections", &[self.n_layers, self.d_model, self.n_heads, widest])?;
+        checked_len("codebooks", &[self.n_layers, self.n_heads, self.n_codes, widest])?;
+        checked_len("windows", &[self.n_layers, self.n_heads, self.attention.window + 1, widest])?;
+        Ok(())
+    }
+
+    /// Learned numbers of such a model, without its codebooks.
+    pub fn n_parameters(&self) -> u128 {
+        let [vocab, d, h, k, v, n] =
+            [self.vocab_size, self.d_model, self.n_heads, self.d_k, self.d_v, self.n_layers]
+                .map(|n| n as u128);
+        let unit = 2 * d + 3 * d * h * k + 3 * d * h * v + 2 * h * k;
+        let output = vocab + if self.tied_embedding { 0 } else { vocab * d };
+        let norm = if self.final_norm { 2 * d } else { 0 };
+        vocab * d + u128::from(self.absolute_positions) + n * unit + norm + output
+    }
+
+    /// K^(-1/4): the factor on queries, keys and relative biases.
+    pub(crate) fn key_scale(&self) -> f64 {
+        (self.d_k as f64).powf(-0.25)
+    }
+}

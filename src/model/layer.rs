@@ -1,0 +1,267 @@
+//! One gated unit: a pre-norm residual branch around linear-time attention.
+//!
+//! ```text
+//! (1)  x~ = RMSNorm(x) * gain + bias
+//! (2)  q = K^(-1/4) RMSNorm(x~ Wq),  k = K^(-1/4) RMSNorm(x~ Wk)   per head
+//!      v = SiLU(x~ Wv)
+//! (3)  r_d = K^(-1/4) sinusoid(d) Wr,  u and w times K^(-1/4)
+//! (4)  o = attention(q, k, v; u, w, r)
+//! (5)  y = x + (o * SiLU(x~ Wg)) Wo
+//! ```
+//!
+//! Rows are tokens, sequence after sequence: [B T, width]. Source: the gated unit of Transformer-VQ (Lingle, arXiv
+//! 2309.16354), after GAU (Hua et al., arXiv 2202.10447).
+
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
+
+use super::ModelConfig;
+use super::parameters::{LayerParameters, NormParameters};
+use crate::attention::{AttentionState, BatchBiases, BatchInputs, BatchOutput, BatchSaved};
+use crate::codebook::{CodeStats, Codebook, Estimator};
+use crate::ops::matmul::add_product;
+use crate::ops::{linear, positions, rms_norm, silu};
+use crate::{Error, Scalar};
+
+/// What backward needs of forward. Normalised and activated arrays are computed again from these.
+#[derive(Debug, Clone)]
+pub(super) struct Saved<T> {
+    x: Array2<T>,
+    norm: rms_norm::Saved<T>,
+    /// x~ times Wq, Wk, Wv, Wg.
+    projected: Projected<T>,
+    out: Array2<T>,
+    attention: BatchSaved<T>,
+}
+
+#[derive(Debug, Clone)]
+struct Projected<T> {
+    q: Array2<T>,
+    k: Array2<T>,
+    v: Array2<T>,
+    gate: Array2<T>,
+}
+
+/// (2) after the projections, with what its backward needs.
+struct Activated<T> {
+    q: Array2<T>,
+    q_norm: rms_norm::Saved<T>,
+    k: Array2<T>,
+    k_norm: rms_norm::Saved<T>,
+    v: Array2<T>,
+}
+
+/// (3).
+struct Relative<T> {
+    sinusoids: Array2<T>, // [M+1, D]
+    content: Array2<T>,   // [H, K]
+    position: Array2<T>,  // [H, K]
+    relative: Array3<T>,  // [H, M+1, K]
+}
+
+/// What a unit reports besides its output.
+#[derive(Debug, Clone)]
+pub struct LayerReport<T> {
+    /// What the unit's codebook learns from.
+    pub stats: CodeStats<T>,
+    /// Squared distance of keys to their codewords, summed over heads and dimensions, mean over positions that count.
+    pub commit_loss: f64,
+    /// The share of attention that fell on cached codes, mean over queries and heads.
+    pub cached_mass: f64,
+}
+
+fn split<T: Scalar>(output: BatchOutput<T>) -> (Array2<T>, LayerReport<T>) {
+    let BatchOutput { out, stats, commit_loss, cached_mass, .. } = output;
+    let queries = cached_mass.len().max(1) as f64;
+    let cached_mass = cached_mass.iter().map(|mass| mass.as_f64()).sum::<f64>() / queries;
+    (rows(out), LayerReport { stats, commit_loss, cached_mass })
+}
+
+/// A unit: its configuration, what it learned, its codebook.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layer<'a, T> {
+    pub config: &'a ModelConfig,
+    pub parameters: &'a LayerParameters<T>,
+    pub codebook: &'a Codebook<T>,
+}
+
+impl<T: Scalar> Layer<'_, T> {
+    /// The unit's output and what its attention reports. `x` [B T, D]; `states` [B, H] move on; `mask` [B, T].
+    pub fn forward(
+        &self,
+        x: Array2<T>,
+        states: &mut Array2<AttentionState<T>>,
+        mask: Option<ArrayView2<'_, bool>>,
+    ) -> Result<(Array2<T>, LayerReport<T>, Saved<T>), Error> {
+        let (x_norm, norm) = self.normalize(&x)?;
+        let projected = self.project(&x_norm)?;
+        let activated = self.activate(&projected)?;
+        let relative = self.relative()?;
+        let inputs = self.attention_inputs(&activated, &relative, states.nrows(), mask);
+        let (output, attention) = self.config.attention.forward_unchecked(&inputs, self.codebook, states);
+        let (out, report) = split(output);
+        let y = self.gate(&x, &out, &projected)?;
+        Ok((y, report, Saved { x, norm, projected, out, attention }))
+    }
+
+    /// As [`forward`](Self::forward), to infer only: pieces of any size, and nothing is saved.
+    pub fn push(
+        &self,
+        x: Array2<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> Result<(Array2<T>, LayerReport<T>), Error> {
+        let (x_norm, _) = self.normalize(&x)?;
+        let projected = self.project(&x_norm)?;
+        let activated = self.activate(&projected)?;
+        let relative = self.relative()?;
+        let inputs = self.attention_inputs(&activated, &relative, states.nrows(), None);
+        let output = self.config.attention.push_unchecked(&inputs, self.codebook, states);
+        let (out, report) = split(output);
+        Ok((self.gate(&x, &out, &projected)?, report))
+    }
+
+    /// Gradient of the unit's input; gradients of the parameters are added to `d`.
+    pub fn backward(
+        &self,
+        saved: Saved<T>,
+        d_y: Array2<T>,
+        mask: Option<ArrayView2<'_, bool>>,
+        batch: usize,
+        d: &mut LayerParameters<T>,
+    ) -> Result<Array2<T>, Error> {
+        let Saved { x, norm, projected, out, attention } = saved;
+        let (p, n_heads, scale) = (self.parameters, self.config.n_heads, self.scale());
+        // (5)
+        let gated = silu::gate(out.view(), projected.gate.view())?;
+        let d_gated = linear::backward(gated.view(), p.w_out.view(), d_y.view(), d.w_out.view_mut(), None)?;
+        let (d_out, d_gate) = silu::gate_backward(out.view(), projected.gate.view(), d_gated.view())?;
+        // (4)
+        let activated = self.activate(&projected)?;
+        let relative = self.relative()?;
+        let inputs = self.attention_inputs(&activated, &relative, batch, mask);
+        let d_out = self.per_head(&d_out, batch);
+        let weight = self.config.commit_weight;
+        let estimator = Estimator::StraightThrough;
+        let d_attention =
+            self.config.attention.backward_unchecked(&inputs, attention, d_out, estimator, weight);
+        // (3)
+        let d_biases = d_attention.biases.as_ref().expect("the unit has biases");
+        d.content_bias.scaled_add(scale, &d_biases.content);
+        d.position_bias.scaled_add(scale, &d_biases.position);
+        for (h, d_relative) in d_biases.relative.outer_iter().enumerate() {
+            let columns = s![.., h * self.config.d_k..(h + 1) * self.config.d_k];
+            let d_w = d.w_relative.slice_mut(columns);
+            add_product(relative.sinusoids.t(), (&d_relative * scale).view(), d_w);
+        }
+        // (2)
+        let (d_q, d_k) = (rows(d_attention.q), rows(d_attention.k));
+        let d_q = rms_norm::backward(projected.q.view(), &activated.q_norm, n_heads, scale, d_q.view())?;
+        let d_k = rms_norm::backward(projected.k.view(), &activated.k_norm, n_heads, scale, d_k.view())?;
+        let d_v = silu::backward(projected.v.view(), rows(d_attention.v).view())?;
+        let x_norm = self.normalize(&x)?.0;
+        let mut d_x_norm = linear::backward(x_norm.view(), p.w_q.view(), d_q.view(), d.w_q.view_mut(), None)?;
+        for (w, d_w, d_projected) in
+            [(&p.w_k, &mut d.w_k, &d_k), (&p.w_v, &mut d.w_v, &d_v), (&p.w_gate, &mut d.w_gate, &d_gate)]
+        {
+            d_x_norm += &linear::backward(x_norm.view(), w.view(), d_projected.view(), d_w.view_mut(), None)?;
+        }
+        // (1)
+        let NormParameters { gain, bias } = &mut d.norm;
+        let gains = p.norm.gain.view();
+        let mut d_x = rms_norm::backward_affine(
+            x.view(),
+            &norm,
+            gains,
+            d_x_norm.view(),
+            gain.view_mut(),
+            bias.view_mut(),
+        )?;
+        d_x += &d_y;
+        Ok(d_x)
+    }
+
+    fn scale(&self) -> T {
+        T::from_f64(self.config.key_scale())
+    }
+
+    /// (1)
+    fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
+        let NormParameters { gain, bias } = &self.parameters.norm;
+        rms_norm::forward_affine(x.view(), gain.view(), bias.view())
+    }
+
+    fn project(&self, x_norm: &Array2<T>) -> Result<Projected<T>, Error> {
+        let project = |w: &Array2<T>| linear::forward(x_norm.view(), w.view(), None);
+        let p = self.parameters;
+        Ok(Projected {
+            q: project(&p.w_q)?,
+            k: project(&p.w_k)?,
+            v: project(&p.w_v)?,
+            gate: project(&p.w_gate)?,
+        })
+    }
+
+    /// (2)
+    fn activate(&self, projected: &Projected<T>) -> Result<Activated<T>, Error> {
+        let (n_heads, scale) = (self.config.n_heads, self.scale());
+        let (q, q_norm) = rms_norm::forward(projected.q.view(), n_heads, scale)?;
+        let (k, k_norm) = rms_norm::forward(projected.k.view(), n_heads, scale)?;
+        Ok(Activated { q, q_norm, k, k_norm, v: silu::forward(projected.v.view()) })
+    }
+
+    /// (3)
+    fn relative(&self) -> Result<Relative<T>, Error> {
+        let ModelConfig { d_model, n_heads, d_k, position_lambda, attention, .. } = *self.config;
+        let distances = attention.window + 1;
+        let sinusoids = positions::sinusoids(0, distances, d_model, position_lambda)?;
+        let p = self.parameters;
+        let relative = linear::forward(sinusoids.view(), p.w_relative.view(), None)? * self.scale();
+        let relative = relative.into_shape_with_order((distances, n_heads, d_k)).expect("H K columns");
+        Ok(Relative {
+            sinusoids,
+            content: &p.content_bias * self.scale(),
+            position: &p.position_bias * self.scale(),
+            relative: relative.permuted_axes([1, 0, 2]),
+        })
+    }
+
+    fn attention_inputs<'s>(
+        &self,
+        activated: &'s Activated<T>,
+        relative: &'s Relative<T>,
+        batch: usize,
+        mask: Option<ArrayView2<'s, bool>>,
+    ) -> BatchInputs<'s, T> {
+        BatchInputs {
+            q: self.per_head(&activated.q, batch),
+            k: self.per_head(&activated.k, batch),
+            v: self.per_head(&activated.v, batch),
+            biases: Some(BatchBiases {
+                content: relative.content.view(),
+                position: relative.position.view(),
+                relative: relative.relative.view(),
+            }),
+            mask,
+        }
+    }
+
+    /// [B T, H width] seen as [B, H, T, width].
+    fn per_head<'s>(&self, rows: &'s Array2<T>, batch: usize) -> ArrayView4<'s, T> {
+        let n_heads = self.config.n_heads;
+        let shape = (batch, rows.nrows() / batch.max(1), n_heads, rows.ncols() / n_heads);
+        let rows = rows.view().into_shape_with_order(shape).expect("made by a product: contiguous");
+        rows.permuted_axes([0, 2, 1, 3])
+    }
+
+    /// (5)
+    fn gate(&self, x: &Array2<T>, out: &Array2<T>, projected: &Projected<T>) -> Result<Array2<T>, Error> {
+        let gated = silu::gate(out.view(), projected.gate.view())?;
+        Ok(linear::forward(gated.view(), self.parameters.w_out.view(), None)? + x)
+    }
+}
+
+/// [B, H, T, width] laid out token by token, as [B T, H width].
+fn rows<T>(array: Array4<T>) -> Array2<T> {
+    let array = array.permuted_axes([0, 2, 1, 3]); // [B, T, H, width]
+    let (b, t, h, width) = array.dim();
+    array.into_shape_with_order((b * t, h * width)).expect("attention lays its results out token by token")
+}

@@ -1,0 +1,235 @@
+//! The learned arrays of a model. Parameters, gradients and optimizer moments are one struct type.
+
+use ndarray::{Array1, Array2, ArrayView, ArrayViewD, ArrayViewMut, ArrayViewMutD, Dimension};
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+use super::ModelConfig;
+use crate::Scalar;
+
+/// Everything that the optimizer moves. Codebooks are not among it: they learn by moving averages.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parameters<T> {
+    /// [vocab, D].
+    pub embedding: Array2<T>,
+    /// Factor on the absolute sinusoids [1], if the model has them.
+    pub position_scale: Option<Array1<T>>,
+    /// One per unit.
+    pub layers: Vec<LayerParameters<T>>,
+    /// If the model has it.
+    pub final_norm: Option<NormParameters<T>>,
+    /// Output matrix [D, vocab]; none if it is the embedding, transposed.
+    pub output: Option<Array2<T>>,
+    /// [vocab].
+    pub output_bias: Array1<T>,
+}
+
+/// The learned arrays of one gated unit. Heads lie side by side: head h is columns hK..hK+K (hV..hV+V).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerParameters<T> {
+    /// Before the projections.
+    pub norm: NormParameters<T>,
+    /// Queries [D, H K].
+    pub w_q: Array2<T>,
+    /// Keys [D, H K].
+    pub w_k: Array2<T>,
+    /// Values [D, H V].
+    pub w_v: Array2<T>,
+    /// Gate [D, H V].
+    pub w_gate: Array2<T>,
+    /// Relative sinusoids [D, H K].
+    pub w_relative: Array2<T>,
+    /// Back to the residual stream [H V, D].
+    pub w_out: Array2<T>,
+    /// u [H, K], before its factor K^(-1/4).
+    pub content_bias: Array2<T>,
+    /// w [H, K], before its factor K^(-1/4).
+    pub position_bias: Array2<T>,
+}
+
+/// Gain and bias of an RMS norm.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NormParameters<T> {
+    /// [D].
+    pub gain: Array1<T>,
+    /// [D].
+    pub bias: Array1<T>,
+}
+
+/// One learned array, with its name.
+#[derive(Debug, Clone)]
+pub struct Parameter<'a, T> {
+    /// For example `layers.0.w_q`.
+    pub name: String,
+    /// Whether weight decay applies: to embedding and projection matrices only.
+    pub decay: bool,
+    /// The array.
+    pub value: ArrayViewD<'a, T>,
+}
+
+/// One learned array, to be changed.
+#[derive(Debug)]
+pub struct ParameterMut<'a, T> {
+    /// As [`Parameter::name`].
+    pub name: String,
+    /// As [`Parameter::decay`].
+    pub decay: bool,
+    /// The array.
+    pub value: ArrayViewMutD<'a, T>,
+}
+
+impl Parameters<f32> {
+    /// Weights N(0, 1/fan_in), embeddings N(0, 1), biases 0, gains 1.
+    pub(super) fn random(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Self {
+        let mut parameters = Self::zeros(config);
+        let ModelConfig { d_model, n_heads, d_v, .. } = *config;
+        fill_normal(&mut parameters.embedding, 1.0, rng);
+        for layer in &mut parameters.layers {
+            layer.norm.gain.fill(1.0);
+            let matrices = [
+                (&mut layer.w_q, d_model),
+                (&mut layer.w_k, d_model),
+                (&mut layer.w_v, d_model),
+                (&mut layer.w_gate, d_model),
+                (&mut layer.w_relative, d_model),
+                (&mut layer.w_out, n_heads * d_v),
+            ];
+            for (matrix, fan_in) in matrices {
+                fill_normal(matrix, (fan_in as f64).sqrt().recip(), rng);
+            }
+        }
+        if let Some(norm) = &mut parameters.final_norm {
+            norm.gain.fill(1.0);
+        }
+        if let Some(output) = &mut parameters.output {
+            fill_normal(output, (d_model as f64).sqrt().recip(), rng);
+        }
+        parameters
+    }
+}
+
+fn fill_normal(matrix: &mut Array2<f32>, deviation: f64, rng: &mut ChaCha8Rng) {
+    matrix.mapv_inplace(|_| (deviation * standard_normal(rng)) as f32);
+}
+
+/// A number from N(0, 1) (Box and Muller).
+pub(super) fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
+    let (a, b): (f64, f64) = (rng.random(), rng.random());
+    (-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()
+}
+
+impl<T: Scalar> Parameters<T> {
+    /// The arrays of a valid configuration, all zero: gradients before backward, moments before the first step.
+    pub fn zeros(config: &ModelConfig) -> Self {
+        let ModelConfig { vocab_size, d_model, n_layers, n_heads, d_k, d_v, .. } = *config;
+        let norm = || NormParameters { gain: Array1::zeros(d_model), bias: Array1::zeros(d_model) };
+        let layer = || LayerParameters {
+            norm: norm(),
+            w_q: Array2::zeros((d_model, n_heads * d_k)),
+            w_k: Array2::zeros((d_model, n_heads * d_k)),
+            w_v: Array2::zeros((d_model, n_heads * d_v)),
+            w_gate: Array2::zeros((d_model, n_heads * d_v)),
+            w_relative: Array2::zeros((d_model, n_heads * d_k)),
+            w_out: Array2::zeros((n_heads * d_v, d_model)),
+            content_bias: Array2::zeros((n_heads, d_k)),
+            position_bias: Array2::zeros((n_heads, d_k)),
+        };
+        Parameters {
+            embedding: Array2::zeros((vocab_size, d_model)),
+            position_scale: config.absolute_positions.then(|| Array1::zeros(1)),
+            layers: (0..n_layers).map(|_| layer()).collect(),
+            final_norm: config.final_norm.then(norm),
+            output: (!config.tied_embedding).then(|| Array2::zeros((d_model, vocab_size))),
+            output_bias: Array1::zeros(vocab_size),
+        }
+    }
+
+    /// Every array, in a fixed order.
+    pub fn views(&self) -> Vec<Parameter<'_, T>> {
+        let mut all = vec![];
+        let mut add = |name: String, decay, value| all.push(Parameter { name, decay, value });
+        add("embedding".into(), true, dynamic(&self.embedding));
+        if let Some(scale) = &self.position_scale {
+            add("position_scale".into(), false, dynamic(scale));
+        }
+        for (i, layer) in self.layers.iter().enumerate() {
+            let mut add = |name: &str, decay, value| add(format!("layers.{i}.{name}"), decay, value);
+            add("norm.gain", false, dynamic(&layer.norm.gain));
+            add("norm.bias", false, dynamic(&layer.norm.bias));
+            add("w_q", true, dynamic(&layer.w_q));
+            add("w_k", true, dynamic(&layer.w_k));
+            add("w_v", true, dynamic(&layer.w_v));
+            add("w_gate", true, dynamic(&layer.w_gate));
+            add("w_relative", true, dynamic(&layer.w_relative));
+            add("w_out", true, dynamic(&layer.w_out));
+            add("content_bias", false, dynamic(&layer.content_bias));
+            add("position_bias", false, dynamic(&layer.position_bias));
+        }
+        if let Some(norm) = &self.final_norm {
+            add("final_norm.gain".into(), false, dynamic(&norm.gain));
+            add("final_norm.bias".into(), false, dynamic(&norm.bias));
+        }
+        if let Some(output) = &self.output {
+            add("output".into(), true, dynamic(output));
+        }
+        add("output_bias".into(), false, dynamic(&self.output_bias));
+        all
+    }
+
+    /// Every array, to be changed; in the order of [`views`](Self::views).
+    pub fn views_mut(&mut self) -> Vec<ParameterMut<'_, T>> {
+        let described: Vec<_> = self.views().into_iter().map(|p| (p.name, p.decay)).collect();
+        let mut values = vec![dynamic_mut(&mut self.embedding)];
+        values.extend(self.position_scale.as_mut().map(dynamic_mut));
+        for layer in &mut self.layers {
+            values.extend([
+                dynamic_mut(&mut layer.norm.gain),
+                dynamic_mut(&mut layer.norm.bias),
+                dynamic_mut(&mut layer.w_q),
+                dynamic_mut(&mut layer.w_k),
+                dynamic_mut(&mut layer.w_v),
+                dynamic_mut(&mut layer.w_gate),
+                dynamic_mut(&mut layer.w_relative),
+                dynamic_mut(&mut layer.w_out),
+                dynamic_mut(&mut layer.content_bias),
+                dynamic_mut(&mut layer.position_bias),
+            ]);
+        }
+        if let Some(norm) = &mut self.final_norm {
+            values.extend([dynamic_mut(&mut norm.gain), dynamic_mut(&mut norm.bias)]);
+        }
+        values.extend(self.output.as_mut().map(dynamic_mut));
+        values.push(dynamic_mut(&mut self.output_bias));
+        let name = |((name, decay), value)| ParameterMut { name, decay, value };
+        described.into_iter().zip(values).map(name).collect()
+    }
+
+    /// Numbers in all arrays.
+    pub fn len(&self) -> usize {
+        self.views().iter().map(|p| p.value.len()).sum()
+    }
+
+    /// Whether there are none; never, for a valid configuration.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same numbers in another precision.
+    pub fn cast<U: Scalar>(&self, config: &ModelConfig) -> Parameters<U> {
+        let mut cast = Parameters::zeros(config);
+        for (mut to, from) in cast.views_mut().into_iter().zip(self.views()) {
+            to.value.zip_mut_with(&from.value, |to, from| *to = U::from_f64(from.as_f64()));
+        }
+        cast
+    }
+}
+
+fn dynamic<T, D: Dimension>(array: &ndarray::Array<T, D>) -> ArrayViewD<'_, T> {
+    let view: ArrayView<'_, T, D> = array.view();
+    view.into_dyn()
+}
+
+fn dynamic_mut<T, D: Dimension>(array: &mut ndarray::Array<T, D>) -> ArrayViewMutD<'_, T> {
+    let view: ArrayViewMut<'_, T, D> = array.view_mut();
+    view.into_dyn()
+}

@@ -1,0 +1,408 @@
+//! The language model: embedding, a stack of gated units, logits, loss; forward and backward.
+//!
+//! ```text
+//! (1)  x = E[tokens] (+ position_scale * sinusoid(position))
+//! (2)  x = unit(x), n_layers times                        see `layer`
+//! (3)  logits = logit_scale * (RMSNorm(x) W + b)          the norm is optional; W is E^T if tied
+//! (4)  loss = mean over positions that count of -log softmax(logits)[target]
+//! (5)  total = loss + commit_weight * sum over units of their commitment loss
+//! ```
+//!
+//! Source: Transformer-VQ (Lingle, arXiv 2309.16354).
+
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::layer::{self, Layer, LayerReport};
+use super::parameters::{NormParameters, Parameters, standard_normal};
+use super::{ModelConfig, ModelState};
+use crate::codebook::{CodeStats, Codebook, Ema};
+use crate::error::check_shape;
+use crate::ops::{cross_entropy, embedding, linear, positions, rms_norm};
+use crate::{Error, Scalar};
+
+/// A language model with linear-time attention.
+///
+/// ```
+/// use transformer_vq::model::{ModelConfig, Transformer};
+/// use transformer_vq::ndarray::array;
+///
+/// let config = ModelConfig { vocab_size: 8, d_model: 16, n_layers: 2, ..ModelConfig::default() };
+/// let model = Transformer::new(config, 1)?;
+/// let mut state = model.new_state(1)?;
+/// let logits = model.push(array![[1, 2, 3]].view(), &mut state)?; // [B, T, vocab]
+/// assert_eq!(logits.dim(), (1, 3, 8));
+/// assert_eq!(state.position(), 3);
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transformer<T = f32> {
+    config: ModelConfig,
+    /// What the optimizer moves.
+    parameters: Parameters<T>,
+    /// One per unit.
+    codebooks: Vec<Codebook<T>>,
+}
+
+/// What backward needs of forward.
+#[derive(Debug, Clone)]
+pub struct Saved<T> {
+    tokens: Array2<u32>,
+    mask: Option<Array2<bool>>,
+    start: u64,
+    layers: Vec<layer::Saved<T>>,
+    x: Array2<T>,
+    final_norm: Option<rms_norm::Saved<T>>,
+}
+
+/// The losses of a batch, their gradients, and what every unit reports.
+#[derive(Debug, Clone)]
+pub struct LossAndGradients<T> {
+    /// (4), nats per token.
+    pub loss: f64,
+    /// Commitment loss, summed over units, without its weight.
+    pub commit_loss: f64,
+    /// (5).
+    pub total: f64,
+    /// Of (5).
+    pub gradients: Parameters<T>,
+    /// One per unit.
+    pub layers: Vec<LayerReport<T>>,
+}
+
+impl Transformer<f32> {
+    /// A model with random weights: the same for the same seed.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::validate`].
+    pub fn new(config: ModelConfig, seed: u64) -> Result<Self, Error> {
+        config.validate()?;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let parameters = Parameters::random(&config, &mut rng);
+        let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = config;
+        let codebook = |_| {
+            let ema = Ema::random(n_heads, n_codes, d_k, codebook_decay, || standard_normal(&mut rng));
+            ema.map(Codebook::ema)
+        };
+        let codebooks = (0..config.n_layers).map(codebook).collect::<Result<_, _>>()?;
+        Ok(Transformer { config, parameters, codebooks })
+    }
+}
+
+impl<T: Scalar> Transformer<T> {
+    /// A model from its parts.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming the first array that does not belong to the configuration, and what
+    /// [`ModelConfig::validate`] says.
+    pub fn from_parts(
+        config: ModelConfig,
+        parameters: Parameters<T>,
+        codebooks: Vec<Codebook<T>>,
+    ) -> Result<Self, Error> {
+        config.validate()?;
+        let expected = Parameters::<T>::zeros(&config);
+        check_shape("parameters", &[expected.views().len()], &[parameters.views().len()])?;
+        for (expected, got) in expected.views().into_iter().zip(parameters.views()) {
+            check_shape("parameters", expected.value.shape(), got.value.shape())?;
+        }
+        check_shape("codebooks", &[config.n_layers], &[codebooks.len()])?;
+        for codebook in &codebooks {
+            let got = [codebook.n_heads(), codebook.n_codes(), codebook.d_k()];
+            check_shape("codebooks", &[config.n_heads, config.n_codes, config.d_k], &got)?;
+        }
+        Ok(Transformer { config, parameters, codebooks })
+    }
+
+    /// The same model in another precision: in `f64`, to check gradients.
+    pub fn cast<U: Scalar>(&self) -> Transformer<U> {
+        Transformer {
+            config: self.config.clone(),
+            parameters: self.parameters.cast(&self.config),
+            codebooks: self.codebooks.iter().map(Codebook::cast).collect(),
+        }
+    }
+
+    /// Sizes and options.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the optimizer moves.
+    pub fn parameters(&self) -> &Parameters<T> {
+        &self.parameters
+    }
+
+    /// What the optimizer moves, to be moved. Shapes must stay as they are.
+    pub fn parameters_mut(&mut self) -> &mut Parameters<T> {
+        &mut self.parameters
+    }
+
+    /// One per unit.
+    pub fn codebooks(&self) -> &[Codebook<T>] {
+        &self.codebooks
+    }
+
+    /// The same weights, with keys beyond the window seen or not: what the compressive cache is worth.
+    pub fn with_cache(mut self, cache: bool) -> Self {
+        self.config.attention.cache = cache;
+        self
+    }
+
+    /// The state before the first token of `batch` sequences.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] for no sequence, [`Error::TooLarge`].
+    pub fn new_state(&self, batch: usize) -> Result<ModelState<T>, Error> {
+        if batch == 0 {
+            return Err(Error::Empty { what: "batch" });
+        }
+        let new = |codebook| self.config.attention.new_states(batch, codebook, self.config.d_v);
+        Ok(ModelState { layers: self.codebooks.iter().map(new).collect::<Result<_, _>>()? })
+    }
+
+    /// Logits of a piece [B, T, vocab] and what backward needs; `state` moves from before the piece to after it.
+    ///
+    /// # Shapes
+    /// `tokens` [B, T]; `mask` [B, T], true where a position counts in losses and statistics.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
+    #[allow(clippy::type_complexity)] // three results of one pass
+    pub fn forward(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error> {
+        self.check(tokens, state)?;
+        if let Some(mask) = &mask {
+            check_shape("mask", tokens.shape(), mask.shape())?;
+        }
+        let start = state.position();
+        let mut x = self.embed(tokens, start)?; // (1)
+        let (mut reports, mut layers) = (vec![], vec![]);
+        for (layer, states) in self.layers().zip(&mut state.layers) {
+            let (y, report, saved) = layer.forward(x, states, mask)?; // (2)
+            x = y;
+            reports.push(report);
+            layers.push(saved);
+        }
+        let (normed, final_norm) = self.normalize(&x)?;
+        let logits = self.logits(&normed, tokens.dim())?; // (3)
+        let saved = Saved {
+            tokens: tokens.to_owned(),
+            mask: mask.map(|mask| mask.to_owned()),
+            start,
+            layers,
+            x,
+            final_norm,
+        };
+        Ok((logits, reports, saved))
+    }
+
+    /// Gradients of `sum(d_logits * logits)` plus the weighted commitment losses, added to `gradients`.
+    ///
+    /// # Shapes
+    /// `d_logits` [B, T, vocab].
+    ///
+    /// # Errors
+    /// [`Error::Shape`].
+    pub fn backward(
+        &self,
+        saved: Saved<T>,
+        d_logits: Array3<T>,
+        gradients: &mut Parameters<T>,
+    ) -> Result<(), Error> {
+        let Saved { tokens, mask, start, layers, x, final_norm } = saved;
+        let (b, t) = tokens.dim();
+        check_shape("d_logits", &[b, t, self.config.vocab_size], d_logits.shape())?;
+        // (3)
+        let d_logits = d_logits.as_standard_layout().into_owned() * T::from_f64(self.config.logit_scale);
+        let d_logits = d_logits.into_shape_with_order((b * t, self.config.vocab_size)).expect("contiguous");
+        let normed = self.normalize(&x)?.0;
+        let (d_w, d_b) = (&mut gradients.embedding, gradients.output_bias.view_mut());
+        let d_w = match &mut gradients.output {
+            Some(d_output) => d_output.view_mut(),
+            None => d_w.view_mut().reversed_axes(),
+        };
+        let mut d_x = linear::backward(normed.view(), self.output(), d_logits.view(), d_w, Some(d_b))?;
+        let norms = self.parameters.final_norm.as_ref().zip(gradients.final_norm.as_mut());
+        if let (Some((norm, d)), Some(saved)) = (norms, &final_norm) {
+            let (d_gain, d_bias) = (d.gain.view_mut(), d.bias.view_mut());
+            d_x = rms_norm::backward_affine(x.view(), saved, norm.gain.view(), d_x.view(), d_gain, d_bias)?;
+        }
+        drop((x, normed, d_logits));
+        // (2)
+        let units = self.layers().zip(&mut gradients.layers).zip(layers).rev();
+        for ((layer, d_parameters), saved) in units {
+            let mask = mask.as_ref().map(|mask| mask.view());
+            d_x = layer.backward(saved, d_x, mask, b, d_parameters)?;
+        }
+        // (1)
+        if let Some(d_scale) = &mut gradients.position_scale {
+            let sinusoids = self.sinusoids(start, t)?;
+            let sum = |rows: ArrayView2<'_, T>| (&rows * &sinusoids).sum();
+            d_scale[0] += d_x.axis_chunks_iter(ndarray::Axis(0), t.max(1)).map(sum).sum();
+        }
+        embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
+    }
+
+    /// Losses of a batch and all gradients; `state` moves from before the piece to after it.
+    ///
+    /// Codebooks do not move: see [`update_codebooks`](Self::update_codebooks).
+    ///
+    /// # Shapes
+    /// `tokens`, `targets` and `mask` [B, T]; a position counts where the mask is true, without one all do.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens or targets outside the vocabulary, no token at all. The state is then as it was.
+    pub fn loss_and_gradients(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+    ) -> Result<LossAndGradients<T>, Error> {
+        if tokens.is_empty() {
+            return Err(Error::Empty { what: "tokens" });
+        }
+        check_shape("targets", tokens.shape(), targets.shape())?;
+        check_tokens("targets", targets, mask.as_ref(), self.config.vocab_size)?;
+        let (logits, layers, saved) = self.forward(tokens, mask, state)?;
+        let (b, t, vocab) = logits.dim();
+        let logits = logits.into_shape_with_order((b * t, vocab)).expect("contiguous");
+        let counted = mask.map(|mask| flat(&mask.to_owned()));
+        let counted = counted.as_ref().map(|mask| mask.view());
+        let (loss, d_logits) =
+            cross_entropy::forward_backward(logits.view(), flat(&targets.to_owned()).view(), counted)?; // (4)
+        drop(logits);
+        let mut gradients = Parameters::zeros(&self.config);
+        let d_logits = d_logits.into_shape_with_order((b, t, vocab)).expect("contiguous");
+        self.backward(saved, d_logits, &mut gradients)?;
+        let commit_loss = layers.iter().map(|layer| layer.commit_loss).sum();
+        let total = loss + self.config.commit_weight * commit_loss; // (5)
+        Ok(LossAndGradients { loss, commit_loss, total, gradients, layers })
+    }
+
+    /// Logits of a piece of any size [B, T, vocab], to infer only; `state` moves on.
+    ///
+    /// # Shapes
+    /// `tokens` [B, T].
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
+    pub fn push(&self, tokens: ArrayView2<'_, u32>, state: &mut ModelState<T>) -> Result<Array3<T>, Error> {
+        Ok(self.push_reporting(tokens, state)?.0)
+    }
+
+    /// As [`push`](Self::push), with what every unit reports.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub fn push_reporting(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        state: &mut ModelState<T>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>), Error> {
+        self.check(tokens, state)?;
+        let mut x = self.embed(tokens, state.position())?;
+        let mut reports = vec![];
+        for (layer, states) in self.layers().zip(&mut state.layers) {
+            let (y, report) = layer.push(x, states)?;
+            x = y;
+            reports.push(report);
+        }
+        let (normed, _) = self.normalize(&x)?;
+        Ok((self.logits(&normed, tokens.dim())?, reports))
+    }
+
+    /// Lets every codebook learn from the statistics of one step: its micro-batches merged, one per unit.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::NotFinite`].
+    pub fn update_codebooks(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
+        check_shape("stats", &[self.codebooks.len()], &[stats.len()])?;
+        self.codebooks.iter_mut().zip(stats).try_for_each(|(codebook, stats)| codebook.update(stats))
+    }
+
+    fn layers(&self) -> impl DoubleEndedIterator<Item = Layer<'_, T>> + ExactSizeIterator {
+        let parts = self.parameters.layers.iter().zip(&self.codebooks);
+        parts.map(|(parameters, codebook)| Layer { config: &self.config, parameters, codebook })
+    }
+
+    fn check(&self, tokens: ArrayView2<'_, u32>, state: &ModelState<T>) -> Result<(), Error> {
+        check_tokens("tokens", tokens, None, self.config.vocab_size)?;
+        state.check(&self.config, tokens.nrows())
+    }
+
+    fn sinusoids(&self, start: u64, count: usize) -> Result<Array2<T>, Error> {
+        positions::sinusoids(start, count, self.config.d_model, self.config.position_lambda)
+    }
+
+    /// (1)
+    fn embed(&self, tokens: ArrayView2<'_, u32>, start: u64) -> Result<Array2<T>, Error> {
+        let tokens = tokens.to_owned();
+        let mut x = embedding::forward(self.parameters.embedding.view(), flat(&tokens).view())?;
+        if let Some(scale) = &self.parameters.position_scale {
+            let sinusoids = self.sinusoids(start, tokens.ncols())? * scale[0];
+            for mut rows in x.axis_chunks_iter_mut(ndarray::Axis(0), tokens.ncols().max(1)) {
+                rows += &sinusoids;
+            }
+        }
+        Ok(x)
+    }
+
+    /// The norm of (3).
+    fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
+        let Some(NormParameters { gain, bias }) = &self.parameters.final_norm else {
+            return Ok((x.clone(), None));
+        };
+        let (y, saved) = rms_norm::forward_affine(x.view(), gain.view(), bias.view())?;
+        Ok((y, Some(saved)))
+    }
+
+    /// W of (3) [D, vocab].
+    fn output(&self) -> ArrayView2<'_, T> {
+        match &self.parameters.output {
+            Some(output) => output.view(),
+            None => self.parameters.embedding.t(),
+        }
+    }
+
+    /// (3), after the norm.
+    fn logits(&self, x: &Array2<T>, (b, t): (usize, usize)) -> Result<Array3<T>, Error> {
+        let bias: ArrayView1<'_, T> = self.parameters.output_bias.view();
+        let mut logits = linear::forward(x.view(), self.output(), Some(bias))?;
+        if self.config.logit_scale != 1.0 {
+            logits *= T::from_f64(self.config.logit_scale);
+        }
+        Ok(logits.into_shape_with_order((b, t, self.config.vocab_size)).expect("contiguous"))
+    }
+}
+
+/// [B, T] in one row, sequence after sequence.
+fn flat<E: Clone>(array: &Array2<E>) -> ndarray::Array1<E> {
+    array.iter().cloned().collect()
+}
+
+/// Checks that the tokens which count are below the size of the vocabulary.
+fn check_tokens(
+    what: &'static str,
+    tokens: ArrayView2<'_, u32>,
+    mask: Option<&ArrayView2<'_, bool>>,
+    vocab_size: usize,
+) -> Result<(), Error> {
+    if let Some(mask) = mask {
+        check_shape("mask", tokens.shape(), mask.shape())?;
+    }
+    let counts = |index: (usize, usize)| mask.is_none_or(|mask| mask[index]);
+    let mut outside = tokens.indexed_iter().filter(|&(_, &token)| token as usize >= vocab_size);
+    match outside.find(|&(index, _)| counts(index)) {
+        Some(((b, t), &token)) => {
+            Err(Error::OutOfRange { what, index: vec![b, t], got: token.into(), limit: vocab_size })
+        }
+        None => Ok(()),
+    }
+}
