@@ -68,13 +68,16 @@ proptest! {
 
 #[test]
 fn equals_the_definition_at_the_ends_of_the_range() {
-    for scale in [f32::MAX, f32::MAX / 2.0, 1e20, 1e18, 1e-18, 1e-20, 1e-38, f32::from_bits(5)] {
+    for scale in [f32::MAX, f32::MAX / 2.0, 1e20, 1e18, 1e-18, 3e-22, 1e-38, f32::from_bits(5)] {
         for (key_scale, code_scale) in [(scale, scale), (scale, 1.0), (1.0, scale), (scale, 1.0 / scale)] {
             let code_scale = code_scale.min(f32::MAX);
-            let keys = numbers::<f32>(40, 9, 6) * key_scale;
+            let keys = numbers::<f32>(1000, 9, 6) * key_scale;
             check(keys.view(), (numbers::<f32>(30, 9, 7) * code_scale).view());
         }
     }
+    // The first product overflows halfway to zero.
+    let (keys, codewords) = (array![[1e19f32, 1e19]], array![[1e20f32, -1e20], [1e19, 1e19]]);
+    assert_eq!(check(keys.view(), codewords.view()).to_vec(), [1]);
     for scale in [f64::MAX, 1e160, 1e150, 1e-150, 1e-160, 1e-307] {
         let keys = numbers::<f64>(40, 9, 6) * scale;
         check(keys.view(), (numbers::<f64>(30, 9, 7) * scale).view());

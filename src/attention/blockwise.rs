@@ -20,7 +20,7 @@
 //! (4)  G_s += sum_i exp(a_is - lse_i) dO_i  where N_s > 0, then dv_j += G_{z_j} for the keys that entered here
 //! ```
 //!
-//! Kept for backward: lse [T] and the state the piece began with. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
+//! Kept for backward: lse `[T]` and the state the piece began with. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
 //! forward (without the (M+1) K where there are no biases).
 //! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweeps of backward are this crate's.
 

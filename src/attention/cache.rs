@@ -45,7 +45,7 @@ impl<T: Scalar> CompressiveCache<T> {
     /// [`count`](Self::count).
     ///
     /// # Shapes
-    /// `mean` and `residual` [S, V], `count` [S].
+    /// `mean` and `residual` [S, V], `count` `[S]`.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`].
@@ -68,7 +68,7 @@ impl<T: Scalar> CompressiveCache<T> {
         self.residual.view()
     }
 
-    /// How many tokens of each code are in the cache [S].
+    /// How many tokens of each code are in the cache `[S]`.
     pub fn count(&self) -> ArrayView1<'_, u64> {
         self.count.view()
     }
@@ -113,7 +113,7 @@ impl<T: Scalar> CompressiveCache<T> {
         Ok(())
     }
 
-    /// ln N_s for every code [S]; -infinity where nothing was counted, so that the code takes no part.
+    /// ln N_s for every code `[S]`; -infinity where nothing was counted, so that the code takes no part.
     pub(crate) fn log_counts(&self) -> Vec<T> {
         self.count.iter().map(|&n| T::from_f64((n as f64).ln())).collect()
     }

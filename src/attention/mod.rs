@@ -84,7 +84,7 @@ impl Default for VqAttention {
 pub struct Inputs<'a, T> {
     /// Queries [T, K], already scaled.
     pub q: ArrayView2<'a, T>,
-    /// The code of every key [T], each below S.
+    /// The code of every key `[T]`, each below S.
     pub codes: ArrayView1<'a, u32>,
     /// Values [T, V].
     pub v: ArrayView2<'a, T>,
@@ -97,9 +97,9 @@ pub struct Inputs<'a, T> {
 /// Relative biases of one head (Transformer-XL).
 #[derive(Debug, Clone, Copy)]
 pub struct Biases<'a, T> {
-    /// u [K], added to the query for content scores.
+    /// u `[K]`, added to the query for content scores.
     pub content: ArrayView1<'a, T>,
-    /// w [K], added to the query for position scores.
+    /// w `[K]`, added to the query for position scores.
     pub position: ArrayView1<'a, T>,
     /// r [M+1, K], row d belongs to the distance d = i - j.
     pub relative: ArrayView2<'a, T>,
@@ -110,9 +110,9 @@ pub struct Biases<'a, T> {
 pub struct Output<T> {
     /// o [T, V].
     pub out: Array2<T>,
-    /// Logarithm of the sum of `exp(score)` over everything that the query sees [T], nats.
+    /// Logarithm of the sum of `exp(score)` over everything that the query sees `[T]`, nats.
     pub lse: Array1<T>,
-    /// The share of each query's attention that fell on cached codes [T], between 0 and 1. It depends on where blocks
+    /// The share of each query's attention that fell on cached codes `[T]`, between 0 and 1. It depends on where blocks
     /// begin: the cache of a block ends M tokens before it.
     pub cached_mass: Array1<T>,
 }
@@ -135,9 +135,9 @@ pub struct Gradients<T> {
 /// Gradients of [`Biases`].
 #[derive(Debug, Clone)]
 pub struct BiasGradients<T> {
-    /// Of u [K].
+    /// Of u `[K]`.
     pub content: Array1<T>,
-    /// Of w [K].
+    /// Of w `[K]`.
     pub position: Array1<T>,
     /// Of r [M+1, K].
     pub relative: Array2<T>,

@@ -2,26 +2,33 @@
 //!
 //! [`assign_naive`] is the definition in plain loops, its distances summed in `f64`:
 //!
+//! ```text
 //! (1) z_j = argmin_s |k_j - c_s|^2, a tie takes the lowest s
+//! ```
 //!
 //! [`assign`] returns the same codes, bit for bit, by a matrix product:
 //!
+//! ```text
 //! (2) mu = mean_s c_s,   c'_s = c_s - mu,   h_s = |c'_s|^2 / 2 + mu . c'_s           once per codebook
 //! (3) score_sj = h_s - c'_s . k_j  ( = |k_j - c_s|^2 / 2 - |k_j - mu|^2 / 2 )        keys in the SIMD lanes
 //! (4) z_j = argmin_s score_sj, if the second best score is more than tau_j above the best;
 //!     else (1) among the codes whose score is at most tau_j above the best
+//! ```
 //!
 //! tau_j bounds what rounding can do to the difference of two scores and to the comparison of two distances of (1),
 //! with eps the spacing of numbers at 1, in the type T of the arrays and in f64, and tiny the smallest normal number:
 //!
+//! ```text
 //! (5) tau_j = (K + 4) ( eps_T (|k_j| max|c'| + max|h|) + 8 eps_f64 (|k_j| + max|c|)^2 + tiny_T (1 + |k_j|) )
+//! ```
 //!
 //! The first term is the one that counts: a product of K terms is off by at most K eps/2 |k_j||c'_s|, and the roundings
-//! of c'_s, of h_s and of the subtraction add three halves of eps at most; there are two scores. The second term holds the
-//! roundings of (1) and, where T is f64, of h_s. The third covers underflow; where (3) could overflow, tau_j is infinite.
+//! of c'_s, of h_s and of the subtraction add three more eps/2; there are two scores. The second term holds the roundings
+//! of (1) and, where T is f64, of h_s. The third covers underflow. Where (3) could overflow, tau_j is infinite.
+//!
 //! So a code depends on its key and the codewords alone: not on the length of the piece it came in, on the number of
-//! threads, or on the processor. Without the centring a common offset of the codewords would make tau_j large and
-//! step (4) slow.
+//! threads, or on the processor. Without the centring, a common offset of the codewords would make tau_j large and step
+//! (4) slow.
 //!
 //! Cost: 2 N S K operations in the product and about six per score in (4). A key with m codes within tau_j pays m K more in
 //! plain loops; where codewords differ that is about one key in a thousand, with m = 2. Scratch: S x 128 scores per task.
@@ -51,7 +58,7 @@ const KEYS_PER_TASK: usize = 8 * BLOCK;
 /// Plain loops over keys, codes and dimensions, differences and sums in `f64`. This is what [`assign`] is tested against.
 ///
 /// # Shapes
-/// `keys` [N, K], `codewords` [S, K], the codes [N].
+/// `keys` [N, K], `codewords` [S, K], the codes `[N]`.
 ///
 /// # Errors
 /// [`Error::Shape`] if the widths differ, [`Error::Empty`] without codewords or with K = 0, [`Error::NotFinite`] for NaN and
@@ -88,7 +95,7 @@ pub fn assign_naive<T: Scalar>(
 /// Runs on the threads of the current rayon pool.
 ///
 /// # Shapes
-/// `keys` [N, K], `codewords` [S, K], both of any strides; the codes [N].
+/// `keys` [N, K], `codewords` [S, K], both of any strides; the codes `[N]`.
 ///
 /// # Errors
 /// As [`assign_naive`].
@@ -254,7 +261,7 @@ impl<T: Scalar> PackedCodewords<T> {
 /// is spent on the search in the usual case. (The square of a large finite key may overflow: the look finds nothing.)
 ///
 /// # Shapes
-/// `keys` [N, K] of any strides, `codes` [N].
+/// `keys` [N, K] of any strides, `codes` `[N]`.
 pub(crate) fn assign_into<T: Scalar>(
     codewords: &PackedCodewords<T>,
     keys: ArrayView2<'_, T>,
@@ -305,7 +312,7 @@ struct Lowest<T> {
 
 /// (3) and the argmin of (4).
 ///
-/// `products` [S, groups] of lanes, `offsets` [S], `lowest` [groups].
+/// `products` [S, groups] of lanes, `offsets` `[S]`, `lowest` [groups].
 #[inline(always)]
 fn find_lowest<T: Scalar>(products: &[[T; LANES]], offsets: &[T], lowest: &mut [Lowest<T>]) {
     let groups = lowest.len();
@@ -327,9 +334,9 @@ fn find_lowest<T: Scalar>(products: &[[T; LANES]], offsets: &[T], lowest: &mut [
     }
 }
 
-/// |row|, and not less where squares have vanished: then what is added is larger.
+/// |row|. Where the squares vanish, what is lost is below the last term of (5).
 fn norm<T: Scalar>(row: ArrayView1<'_, T>) -> f64 {
-    row.dot(&row).as_f64().sqrt() + T::min_positive_value().as_f64().sqrt()
+    row.dot(&row).as_f64().sqrt()
 }
 
 #[cfg(test)]

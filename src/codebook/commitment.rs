@@ -1,14 +1,16 @@
 //! The loss that keeps keys near their codewords, and how near they are.
 //!
+//! ```text
 //! (1) E_h = sum_j m_j |k_j - c_{z_j}|^2,   Z = sum m_j                 j over batch and positions, m_j: 1 where counted
 //! (2) loss = sum_h E_h / Z                                             0 if nothing counts
 //! (3) d_k_j += w (2 / Z) m_j (k_j - c_{z_j})                           w the weight of the loss in the total
 //! (4) mean error_h = E_h / Z,   relative error_h = E_h / sum_j m_j |k_j|^2
+//! ```
 //!
 //! The codewords are constants here: this loss moves keys only. Distances are sums of squared differences, never the
 //! expanded |k|^2 - 2 k . c + |c|^2, whose rounding can exceed a small distance and even turn negative.
 //!
-//! Cost: N K. Source: VQ-VAE (van den Oord et al., 2017), with the normalisation of Transformer-VQ: a sum over heads and
+//! Cost: B H T K. Source: VQ-VAE (van den Oord et al., 2017), with the normalisation of Transformer-VQ: a sum over heads and
 //! dimensions, a mean over positions.
 
 use ndarray::{
@@ -77,7 +79,7 @@ pub fn backward<T: Scalar>(
     Ok(d_keys)
 }
 
-/// (4): the mean squared distance from key to codeword, per head [H]; 0 if nothing counts.
+/// (4): the mean squared distance from key to codeword, per head `[H]`; 0 if nothing counts.
 ///
 /// # Shapes
 /// As [`loss`].
@@ -94,7 +96,7 @@ pub fn mean_error<T: Scalar>(
     Ok(errors(keys, codes, codewords, mask) / counted.max(1) as f64)
 }
 
-/// (4): the squared distances to the codewords relative to the squared keys, per head [H].
+/// (4): the squared distances to the codewords relative to the squared keys, per head `[H]`.
 ///
 /// 0 if nothing counts or if there is no error; infinite if all keys that count are zero and a codeword is not.
 ///
@@ -138,7 +140,7 @@ fn check<T: Scalar>(
     Ok(mask.map_or(n_sequences * len, |mask| mask.iter().filter(|&&counts| counts).count()))
 }
 
-/// E of (1), per head [H].
+/// E of (1), per head `[H]`.
 fn errors<T: Scalar>(
     keys: ArrayView4<'_, T>,
     codes: ArrayView3<'_, u32>,
@@ -161,7 +163,7 @@ fn errors<T: Scalar>(
 /// One sequence's part of E in (1).
 ///
 /// # Shapes
-/// `keys` [N, K], `codes` [N], `codewords` [S, K], `mask` [N].
+/// `keys` [N, K], `codes` `[N]`, `codewords` [S, K], `mask` `[N]`.
 pub(crate) fn squared_error<T: Scalar>(
     keys: ArrayView2<'_, T>,
     codes: ArrayView1<'_, u32>,
@@ -185,7 +187,7 @@ pub(crate) fn squared_error<T: Scalar>(
 /// (3) for one sequence, given `scale` = 2 w / Z.
 ///
 /// # Shapes
-/// `keys` and `d_keys` [N, K], `codes` [N], `codewords` [S, K], `mask` [N].
+/// `keys` and `d_keys` [N, K], `codes` `[N]`, `codewords` [S, K], `mask` `[N]`.
 pub(crate) fn add_gradient<T: Scalar>(
     keys: ArrayView2<'_, T>,
     codes: ArrayView1<'_, u32>,

@@ -1,8 +1,10 @@
 //! Codewords that follow the keys: the exponential moving average of the paper.
 //!
+//! ```text
 //! (1) C = sums / max(counts, 0.01)                                 sums [S, K], counts [S], of each head
 //! (2) sums   <- g sums   + (1 - g) sum_{j: z_j = s} k_j            g the decay
 //! (3) counts <- g counts + (1 - g) n_s
+//! ```
 //!
 //! A code that no key takes keeps its codeword, as (2) and (3) scale both alike, until its count falls below 0.01: after
 //! `ln(0.01 / count) / ln(g)` updates in a row. From then on its codeword shrinks towards zero by g per update.

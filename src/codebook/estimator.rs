@@ -1,7 +1,9 @@
 //! k^ = c_z, and the gradient that it hands back to k.
 //!
+//! ```text
 //! (1) k^_j = c_{z_j}, bit for bit
 //! (2) d_k_j = J_j^T d_k^_j
+//! ```
 //!
 //! The argmin behind z has no useful derivative. The estimators pretend that `k^ = sg(J) k + const`:
 //! - straight-through: J = I.
@@ -27,7 +29,7 @@ impl Estimator {
     /// (2) in place: `d` comes as the gradient of the quantized keys and leaves as that of the keys.
     ///
     /// # Shapes
-    /// `keys` [N, K], `codes` [N], `codewords` [S, K] as they were in forward, `d` [N, K].
+    /// `keys` [N, K], `codes` `[N]`, `codewords` [S, K] as they were in forward, `d` [N, K].
     pub(crate) fn backward<T: Scalar>(
         self,
         keys: ArrayView2<'_, T>,
@@ -68,7 +70,7 @@ pub fn lookup<T: Scalar>(
     Ok(quantized)
 }
 
-/// (1) for one head: `codes` [N], `codewords` [S, K], `quantized` [N, K].
+/// (1) for one head: `codes` `[N]`, `codewords` [S, K], `quantized` [N, K].
 pub(crate) fn lookup_into<T: Scalar>(
     codes: ArrayView1<'_, u32>,
     codewords: ArrayView2<'_, T>,

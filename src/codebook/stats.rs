@@ -1,8 +1,10 @@
 //! What the keys of one update say about the codes: how many took each, and the sum of those that did.
 //!
+//! ```text
 //! (1) counts_s = sum_j m_j [z_j = s],   sums_s = sum_j m_j [z_j = s] k_j           m_j: 1 where the mask is true
 //! (2) usage = |{s: counts_s > 0}| / S
 //! (3) perplexity = exp( - sum_s p_s ln p_s ),   p_s = counts_s / sum counts,   0 ln 0 = 0
+//! ```
 //!
 //! Statistics add up: those of micro-batches, of threads or of machines are merged, then used in one update. Sums are
 //! taken in the order sequence by sequence, position by position.
@@ -83,7 +85,7 @@ impl<T: Scalar> CodeStats<T> {
         self.counts.view()
     }
 
-    /// (2): the fraction of codes that were used, per head [H].
+    /// (2): the fraction of codes that were used, per head `[H]`.
     pub fn usage(&self) -> Array1<f64> {
         self.counts.map_axis(Axis(1), |counts| {
             let used = counts.iter().filter(|&&n| n > 0).count();
@@ -91,7 +93,7 @@ impl<T: Scalar> CodeStats<T> {
         })
     }
 
-    /// (3): how many codes, used equally often, would be as varied, per head [H]; from 1 to S, and 0 if nothing was
+    /// (3): how many codes, used equally often, would be as varied, per head `[H]`; from 1 to S, and 0 if nothing was
     /// counted.
     pub fn perplexity(&self) -> Array1<f64> {
         self.counts.map_axis(Axis(1), |counts| {
@@ -108,7 +110,7 @@ impl<T: Scalar> CodeStats<T> {
     /// (1), added to the statistics of one head.
     ///
     /// # Shapes
-    /// `keys` [N, K], `codes` [N], `mask` [N].
+    /// `keys` [N, K], `codes` `[N]`, `mask` `[N]`.
     pub(crate) fn accumulate(
         &mut self,
         head: usize,

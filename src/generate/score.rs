@@ -42,7 +42,7 @@ impl<'m, T: Scalar> Scorer<'m, T> {
     /// The log-probability of each target, in nats, given its token and all before it.
     ///
     /// # Shapes
-    /// `tokens` and `targets` [T]; target t follows token t.
+    /// `tokens` and `targets` `[T]`; target t follows token t.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::OutOfRange`]. The scorer is then as it was.

@@ -12,7 +12,7 @@ use crate::Scalar;
 pub struct Parameters<T> {
     /// [vocab, D].
     pub embedding: Array2<T>,
-    /// Factor on the absolute sinusoids [1], if the model has them.
+    /// Factor on the absolute sinusoids `[1]`, if the model has them.
     pub position_scale: Option<Array1<T>>,
     /// One per unit.
     pub layers: Vec<LayerParameters<T>>,
@@ -20,7 +20,7 @@ pub struct Parameters<T> {
     pub final_norm: Option<NormParameters<T>>,
     /// Output matrix [D, vocab]; none if it is the embedding, transposed.
     pub output: Option<Array2<T>>,
-    /// [vocab].
+    /// `[vocab]`.
     pub output_bias: Array1<T>,
 }
 
@@ -50,9 +50,9 @@ pub struct LayerParameters<T> {
 /// Gain and bias of an RMS norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormParameters<T> {
-    /// [D].
+    /// `[D]`.
     pub gain: Array1<T>,
-    /// [D].
+    /// `[D]`.
     pub bias: Array1<T>,
 }
 

@@ -25,7 +25,7 @@ const BLOCK: usize = 256;
 /// The mean cross-entropy in nats, formula (2), and its gradient with respect to the logits, formula (3).
 ///
 /// # Shapes
-/// `logits` and the gradient [N, vocab]; `targets`, `mask` [N].
+/// `logits` and the gradient [N, vocab]; `targets`, `mask` `[N]`.
 ///
 /// # Errors
 /// `Shape` if `targets` or `mask` does not fit; `OutOfRange` if the target of a row that counts is not below vocab.
@@ -59,7 +59,7 @@ fn forward_backward_row<T: Scalar>(x: &[T], target: usize, n: f64, d_x: &mut [T]
 /// The mean cross-entropy in nats, formula (2): the same bits as [`forward_backward`], without the gradient.
 ///
 /// # Shapes
-/// `logits` [N, vocab]; `targets`, `mask` [N].
+/// `logits` [N, vocab]; `targets`, `mask` `[N]`.
 ///
 /// # Errors
 /// As [`forward_backward`].
@@ -79,7 +79,7 @@ pub fn loss<T: Scalar>(
 /// log p of each row's target, in nats, formula (1).
 ///
 /// # Shapes
-/// `logits` [N, vocab]; `targets` and the result [N].
+/// `logits` [N, vocab]; `targets` and the result `[N]`.
 ///
 /// # Errors
 /// `Shape` if `targets` does not fit; `OutOfRange` if a target is not below vocab.
