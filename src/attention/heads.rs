@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::blockwise::{self, RowStatistics, Saved};
 use super::{AttentionState, Biases, Inputs, VqAttention, stream};
-use crate::codebook::assign::{PackedCodewords, assign_into};
+use crate::codebook::assign::{Table, assign_into};
 use crate::codebook::{CodeStats, Codebook, Estimator, commitment};
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::{Error, Scalar};
@@ -132,22 +132,21 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<(BatchOutput<T>, BatchSaved<T>), Error> {
         inputs.check(self, codebook, states)?;
-        Ok(self.forward_unchecked(inputs, codebook, states))
+        Ok(self.forward_unchecked(inputs, &Table::new(codebook.codewords()), states))
     }
 
     /// [`forward`](Self::forward) on what is known to fit.
     pub(crate) fn forward_unchecked<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
-        codebook: &Codebook<T>,
+        table: &Table<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> (BatchOutput<T>, BatchSaved<T>) {
         let starts: Vec<_> = states.iter().cloned().collect();
-        let codewords = codebook.codewords();
-        let output = run(self, inputs, &codewords, states, blockwise::run);
+        let output = run(self, inputs, table, states, blockwise::run);
         let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
         let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
-        let codes = output.codes.clone();
+        let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
         (output, BatchSaved { heads, codes, codewords })
     }
 
@@ -162,17 +161,17 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
         inputs.check(self, codebook, states)?;
-        Ok(self.push_unchecked(inputs, codebook, states))
+        Ok(self.push_unchecked(inputs, &Table::new(codebook.codewords()), states))
     }
 
     /// [`push`](Self::push) on what is known to fit.
     pub(crate) fn push_unchecked<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
-        codebook: &Codebook<T>,
+        table: &Table<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> BatchOutput<T> {
-        run(self, inputs, &codebook.codewords(), states, stream::run)
+        run(self, inputs, table, states, stream::run)
     }
 
     /// Every gradient of `sum(d_out * out) + commit_weight * commit_loss`. The states before the piece are constants.
@@ -357,12 +356,12 @@ type Form<T> =
 pub(crate) fn run<T: Scalar>(
     attention: &VqAttention,
     inputs: &BatchInputs<'_, T>,
-    codewords: &Array3<T>,
+    table: &Table<T>,
     states: &mut Array2<AttentionState<T>>,
     form: Form<T>,
 ) -> BatchOutput<T> {
     let (b, h, t, k) = inputs.q.dim();
-    let packed: Vec<_> = codewords.outer_iter().map(PackedCodewords::new).collect();
+    let Table { codewords, packed } = table;
     let mut codes = Array3::zeros((b, h, t));
     let mut out = token_major((b, h, t), inputs.v.len_of(Axis(3)));
     // (1)

@@ -176,8 +176,24 @@ fn assign_in_tasks<T: Scalar>(
         .reduce(|| true, |a, b| a & b)
 }
 
+/// The codewords of all heads, made ready for any number of keys.
+#[derive(Debug, Clone)]
+pub(crate) struct Table<T> {
+    /// C `[H, S, K]`.
+    pub codewords: Array3<T>,
+    /// One per head.
+    pub packed: Vec<PackedCodewords<T>>,
+}
+
+impl<T: Scalar> Table<T> {
+    pub(crate) fn new(codewords: Array3<T>) -> Self {
+        let packed = codewords.outer_iter().map(PackedCodewords::new).collect();
+        Table { codewords, packed }
+    }
+}
+
 /// One head's codewords, made ready for (3) and (4).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct PackedCodewords<T> {
     codewords: Array2<T>, // [S, K]
     /// c'

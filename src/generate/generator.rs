@@ -5,7 +5,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::Sampler;
-use crate::model::{ModelState, Transformer};
+use crate::model::{ModelState, Prepared, Transformer};
 use crate::{Error, Scalar};
 
 /// Tokens of a prompt that are read at once.
@@ -32,7 +32,7 @@ const PROMPT_PIECE: usize = 1024;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Generator<'m, T = f32> {
-    model: &'m Transformer<T>,
+    model: Prepared<'m, T>,
     sampler: Sampler,
     rng: ChaCha8Rng,
     state: ModelState<T>,
@@ -48,7 +48,7 @@ impl<'m, T: Scalar> Generator<'m, T> {
     pub fn new(model: &'m Transformer<T>, sampler: Sampler, seed: u64) -> Result<Self, Error> {
         sampler.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(seed);
-        Ok(Generator { model, sampler, rng, state: model.new_state(1)?, logits: None })
+        Ok(Generator { model: model.prepare()?, sampler, rng, state: model.new_state(1)?, logits: None })
     }
 
     /// Reads tokens: a prompt, or an interruption.
@@ -56,12 +56,12 @@ impl<'m, T: Scalar> Generator<'m, T> {
     /// # Errors
     /// [`Error::OutOfRange`] for a token outside the vocabulary; the stream is then as it was.
     pub fn read(&mut self, tokens: ArrayView1<'_, u32>) -> Result<(), Error> {
-        let limit = self.model.config().vocab_size;
+        let limit = self.model.model().config().vocab_size;
         if let Some((i, &token)) = tokens.indexed_iter().find(|&(_, &token)| token as usize >= limit) {
             return Err(Error::OutOfRange { what: "tokens", index: vec![i], got: token.into(), limit });
         }
         for piece in tokens.axis_chunks_iter(Axis(0), PROMPT_PIECE) {
-            let logits = self.model.push(piece.insert_axis(Axis(0)), &mut self.state)?;
+            let (logits, _) = self.model.push(piece.insert_axis(Axis(0)), &mut self.state)?;
             self.logits = Some(logits.slice(s![0, -1, ..]).to_owned());
         }
         Ok(())
@@ -74,7 +74,7 @@ impl<'m, T: Scalar> Generator<'m, T> {
     pub fn next_token(&mut self) -> Result<u32, Error> {
         let logits = self.logits.as_ref().ok_or(Error::Empty { what: "prompt" })?;
         let token = self.sampler.sample(logits.view(), &mut self.rng)?;
-        let logits = self.model.push(arr2(&[[token]]).view(), &mut self.state)?;
+        let (logits, _) = self.model.push(arr2(&[[token]]).view(), &mut self.state)?;
         self.logits = Some(logits.slice(s![0, 0, ..]).to_owned());
         Ok(token)
     }

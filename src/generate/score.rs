@@ -3,7 +3,7 @@
 use ndarray::{Array1, ArrayView1, ArrayView2, Axis};
 
 use crate::error::check_shape;
-use crate::model::{ModelState, Transformer};
+use crate::model::{ModelState, Prepared, Transformer};
 use crate::ops::cross_entropy;
 use crate::{Error, Scalar};
 
@@ -23,7 +23,7 @@ use crate::{Error, Scalar};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Scorer<'m, T = f32> {
-    model: &'m Transformer<T>,
+    model: Prepared<'m, T>,
     state: ModelState<T>,
     tokens: u64,
     nats: f64,
@@ -36,7 +36,13 @@ impl<'m, T: Scalar> Scorer<'m, T> {
     /// # Errors
     /// [`Error::TooLarge`].
     pub fn new(model: &'m Transformer<T>) -> Result<Self, Error> {
-        Ok(Scorer { model, state: model.new_state(1)?, tokens: 0, nats: 0.0, cached_mass: 0.0 })
+        Ok(Scorer {
+            model: model.prepare()?,
+            state: model.new_state(1)?,
+            tokens: 0,
+            nats: 0.0,
+            cached_mass: 0.0,
+        })
     }
 
     /// The log-probability of each target, in nats, given its token and all before it.
@@ -52,7 +58,7 @@ impl<'m, T: Scalar> Scorer<'m, T> {
         targets: ArrayView1<'_, u32>,
     ) -> Result<Array1<T>, Error> {
         check_shape("targets", tokens.shape(), targets.shape())?;
-        let vocab_size = self.model.config().vocab_size;
+        let vocab_size = self.model.model().config().vocab_size;
         if let Some((i, &token)) = targets.indexed_iter().find(|&(_, &token)| token as usize >= vocab_size) {
             return Err(Error::OutOfRange {
                 what: "targets",
@@ -62,7 +68,7 @@ impl<'m, T: Scalar> Scorer<'m, T> {
             });
         }
         let one: ArrayView2<'_, u32> = tokens.insert_axis(Axis(0));
-        let (logits, reports) = self.model.push_reporting(one, &mut self.state)?;
+        let (logits, reports) = self.model.push(one, &mut self.state)?;
         let log_probabilities = cross_entropy::log_probabilities(logits.index_axis(Axis(0), 0), targets)?;
         self.tokens += targets.len() as u64;
         self.nats -= log_probabilities.iter().map(|p| p.as_f64()).sum::<f64>();

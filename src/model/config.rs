@@ -100,8 +100,8 @@ impl ModelConfig {
         if !self.logit_scale.is_finite() {
             return Err(Error::invalid("logit_scale", "finite", self.logit_scale));
         }
-        if !(self.position_lambda.is_finite() && self.position_lambda > 0.0) {
-            return Err(Error::invalid("position_lambda", "positive and finite", self.position_lambda));
+        if !(self.position_lambda.is_finite() && self.position_lambda >= 1.0) {
+            return Err(Error::invalid("position_lambda", "finite and at least 1", self.position_lambda));
         }
         if !(self.commit_weight.is_finite() && self.commit_weight >= 0.0) {
             return Err(Error::invalid("commit_weight", "finite and not negative", self.commit_weight));

@@ -17,9 +17,10 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 use super::ModelConfig;
 use super::parameters::{LayerParameters, NormParameters};
 use crate::attention::{AttentionState, BatchBiases, BatchInputs, BatchOutput, BatchSaved};
+use crate::codebook::assign::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::ops::matmul::add_product;
-use crate::ops::{linear, positions, rms_norm, silu};
+use crate::ops::{linear, rms_norm, silu};
 use crate::{Error, Scalar};
 
 /// What backward needs of forward. Normalised and activated arrays are computed again from these.
@@ -50,12 +51,35 @@ struct Activated<T> {
     v: Array2<T>,
 }
 
-/// (3).
-struct Relative<T> {
-    sinusoids: Array2<T>, // [M+1, D]
-    content: Array2<T>,   // [H, K]
-    position: Array2<T>,  // [H, K]
-    relative: Array3<T>,  // [H, M+1, K]
+/// What a unit derives from its parameters and codebook alone: made once, for any number of pieces.
+#[derive(Debug, Clone)]
+pub(super) struct Prepared<T> {
+    /// (3)
+    content: Array2<T>, // [H, K]
+    position: Array2<T>, // [H, K]
+    relative: Array3<T>, // [H, M+1, K]
+    table: Table<T>,
+}
+
+impl<T: Scalar> Prepared<T> {
+    /// `distances` are the sinusoids of 0, 1, ..., M [M+1, D].
+    pub fn new(
+        config: &ModelConfig,
+        parameters: &LayerParameters<T>,
+        codebook: &Codebook<T>,
+        distances: ArrayView2<'_, T>,
+    ) -> Result<Self, Error> {
+        let scale = T::from_f64(config.key_scale());
+        let relative = linear::forward(distances, parameters.w_relative.view(), None)? * scale;
+        let shape = (distances.nrows(), config.n_heads, config.d_k);
+        let relative = relative.into_shape_with_order(shape).expect("H K columns");
+        Ok(Prepared {
+            content: &parameters.content_bias * scale,
+            position: &parameters.position_bias * scale,
+            relative: relative.permuted_axes([1, 0, 2]),
+            table: Table::new(codebook.codewords()),
+        })
+    }
 }
 
 /// What a unit reports besides its output.
@@ -76,12 +100,12 @@ fn split<T: Scalar>(output: BatchOutput<T>) -> (Array2<T>, LayerReport<T>) {
     (rows(out), LayerReport { stats, commit_loss, cached_mass })
 }
 
-/// A unit: its configuration, what it learned, its codebook.
+/// A unit: its configuration, what it learned, and what follows from that.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layer<'a, T> {
     pub config: &'a ModelConfig,
     pub parameters: &'a LayerParameters<T>,
-    pub codebook: &'a Codebook<T>,
+    pub prepared: &'a Prepared<T>,
 }
 
 impl<T: Scalar> Layer<'_, T> {
@@ -95,9 +119,9 @@ impl<T: Scalar> Layer<'_, T> {
         let (x_norm, norm) = self.normalize(&x)?;
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?;
-        let relative = self.relative()?;
-        let inputs = self.attention_inputs(&activated, &relative, states.nrows(), mask);
-        let (output, attention) = self.config.attention.forward_unchecked(&inputs, self.codebook, states);
+        let inputs = self.attention_inputs(&activated, states.nrows(), mask);
+        let (output, attention) =
+            self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states);
         let (out, report) = split(output);
         let y = self.gate(&x, &out, &projected)?;
         Ok((y, report, Saved { x, norm, projected, out, attention }))
@@ -112,20 +136,20 @@ impl<T: Scalar> Layer<'_, T> {
         let (x_norm, _) = self.normalize(&x)?;
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?;
-        let relative = self.relative()?;
-        let inputs = self.attention_inputs(&activated, &relative, states.nrows(), None);
-        let output = self.config.attention.push_unchecked(&inputs, self.codebook, states);
+        let inputs = self.attention_inputs(&activated, states.nrows(), None);
+        let output = self.config.attention.push_unchecked(&inputs, &self.prepared.table, states);
         let (out, report) = split(output);
         Ok((self.gate(&x, &out, &projected)?, report))
     }
 
-    /// Gradient of the unit's input; gradients of the parameters are added to `d`.
+    /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].
     pub fn backward(
         &self,
         saved: Saved<T>,
         d_y: Array2<T>,
         mask: Option<ArrayView2<'_, bool>>,
         batch: usize,
+        distances: ArrayView2<'_, T>,
         d: &mut LayerParameters<T>,
     ) -> Result<Array2<T>, Error> {
         let Saved { x, norm, projected, out, attention } = saved;
@@ -136,8 +160,7 @@ impl<T: Scalar> Layer<'_, T> {
         let (d_out, d_gate) = silu::gate_backward(out.view(), projected.gate.view(), d_gated.view())?;
         // (4)
         let activated = self.activate(&projected)?;
-        let relative = self.relative()?;
-        let inputs = self.attention_inputs(&activated, &relative, batch, mask);
+        let inputs = self.attention_inputs(&activated, batch, mask);
         let d_out = self.per_head(&d_out, batch);
         let weight = self.config.commit_weight;
         let estimator = Estimator::StraightThrough;
@@ -150,7 +173,7 @@ impl<T: Scalar> Layer<'_, T> {
         for (h, d_relative) in d_biases.relative.outer_iter().enumerate() {
             let columns = s![.., h * self.config.d_k..(h + 1) * self.config.d_k];
             let d_w = d.w_relative.slice_mut(columns);
-            add_product(relative.sinusoids.t(), (&d_relative * scale).view(), d_w);
+            add_product(distances.t(), (&d_relative * scale).view(), d_w);
         }
         // (2)
         let (d_q, d_k) = (rows(d_attention.q), rows(d_attention.k));
@@ -162,7 +185,8 @@ impl<T: Scalar> Layer<'_, T> {
         for (w, d_w, d_projected) in
             [(&p.w_k, &mut d.w_k, &d_k), (&p.w_v, &mut d.w_v, &d_v), (&p.w_gate, &mut d.w_gate, &d_gate)]
         {
-            d_x_norm += &linear::backward(x_norm.view(), w.view(), d_projected.view(), d_w.view_mut(), None)?;
+            let (w, d_w, d_x_norm) = (w.view(), d_w.view_mut(), d_x_norm.view_mut());
+            linear::add_backward(x_norm.view(), w, d_projected.view(), d_w, None, d_x_norm)?;
         }
         // (1)
         let NormParameters { gain, bias } = &mut d.norm;
@@ -208,26 +232,9 @@ impl<T: Scalar> Layer<'_, T> {
         Ok(Activated { q, q_norm, k, k_norm, v: silu::forward(projected.v.view()) })
     }
 
-    /// (3)
-    fn relative(&self) -> Result<Relative<T>, Error> {
-        let ModelConfig { d_model, n_heads, d_k, position_lambda, attention, .. } = *self.config;
-        let distances = attention.window + 1;
-        let sinusoids = positions::sinusoids(0, distances, d_model, position_lambda)?;
-        let p = self.parameters;
-        let relative = linear::forward(sinusoids.view(), p.w_relative.view(), None)? * self.scale();
-        let relative = relative.into_shape_with_order((distances, n_heads, d_k)).expect("H K columns");
-        Ok(Relative {
-            sinusoids,
-            content: &p.content_bias * self.scale(),
-            position: &p.position_bias * self.scale(),
-            relative: relative.permuted_axes([1, 0, 2]),
-        })
-    }
-
     fn attention_inputs<'s>(
-        &self,
+        &'s self,
         activated: &'s Activated<T>,
-        relative: &'s Relative<T>,
         batch: usize,
         mask: Option<ArrayView2<'s, bool>>,
     ) -> BatchInputs<'s, T> {
@@ -236,9 +243,9 @@ impl<T: Scalar> Layer<'_, T> {
             k: self.per_head(&activated.k, batch),
             v: self.per_head(&activated.v, batch),
             biases: Some(BatchBiases {
-                content: relative.content.view(),
-                position: relative.position.view(),
-                relative: relative.relative.view(),
+                content: self.prepared.content.view(),
+                position: self.prepared.position.view(),
+                relative: self.prepared.relative.view(),
             }),
             mask,
         }

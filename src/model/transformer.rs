@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::layer::{self, Layer, LayerReport};
 use super::parameters::{NormParameters, Parameters, standard_normal};
-use super::{ModelConfig, ModelState};
+use super::{ModelConfig, ModelState, Prepared};
 use crate::codebook::{CodeStats, Codebook, Ema};
 use crate::error::check_shape;
 use crate::ops::{cross_entropy, embedding, linear, positions, rms_norm};
@@ -183,7 +183,8 @@ impl<T: Scalar> Transformer<T> {
         let start = state.position();
         let mut x = self.embed(tokens, start)?; // (1)
         let (mut reports, mut layers) = (vec![], vec![]);
-        for (layer, states) in self.layers().zip(&mut state.layers) {
+        let prepared = self.prepare_layers(self.distances()?.view())?;
+        for (layer, states) in self.layers(&prepared).zip(&mut state.layers) {
             let (y, report, saved) = layer.forward(x, states, mask)?; // (2)
             x = y;
             reports.push(report);
@@ -235,10 +236,12 @@ impl<T: Scalar> Transformer<T> {
         }
         drop((x, normed, d_logits));
         // (2)
-        let units = self.layers().zip(&mut gradients.layers).zip(layers).rev();
+        let distances = self.distances()?;
+        let prepared = self.prepare_layers(distances.view())?;
+        let units = self.layers(&prepared).zip(&mut gradients.layers).zip(layers).rev();
         for ((layer, d_parameters), saved) in units {
             let mask = mask.as_ref().map(|mask| mask.view());
-            d_x = layer.backward(saved, d_x, mask, b, d_parameters)?;
+            d_x = layer.backward(saved, d_x, mask, b, distances.view(), d_parameters)?;
         }
         // (1)
         if let Some(d_scale) = &mut gradients.position_scale {
@@ -286,7 +289,17 @@ impl<T: Scalar> Transformer<T> {
         Ok(LossAndGradients { loss, commit_loss, total, gradients, layers })
     }
 
-    /// Logits of a piece of any size [B, T, vocab], to infer only; `state` moves on.
+    /// The model made ready to infer: see [`Prepared`].
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`].
+    pub fn prepare(&self) -> Result<Prepared<'_, T>, Error> {
+        Prepared::new(self)
+    }
+
+    /// Logits of a piece of any size `[B, T, vocab]`, to infer only; `state` moves on.
+    ///
+    /// For many pieces, [`prepare`](Self::prepare) once.
     ///
     /// # Shapes
     /// `tokens` [B, T].
@@ -294,28 +307,7 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
     pub fn push(&self, tokens: ArrayView2<'_, u32>, state: &mut ModelState<T>) -> Result<Array3<T>, Error> {
-        Ok(self.push_reporting(tokens, state)?.0)
-    }
-
-    /// As [`push`](Self::push), with what every unit reports.
-    ///
-    /// # Errors
-    /// As [`push`](Self::push).
-    pub fn push_reporting(
-        &self,
-        tokens: ArrayView2<'_, u32>,
-        state: &mut ModelState<T>,
-    ) -> Result<(Array3<T>, Vec<LayerReport<T>>), Error> {
-        self.check(tokens, state)?;
-        let mut x = self.embed(tokens, state.position())?;
-        let mut reports = vec![];
-        for (layer, states) in self.layers().zip(&mut state.layers) {
-            let (y, report) = layer.push(x, states)?;
-            x = y;
-            reports.push(report);
-        }
-        let (normed, _) = self.normalize(&x)?;
-        Ok((self.logits(&normed, tokens.dim())?, reports))
+        Ok(self.prepare()?.push(tokens, state)?.0)
     }
 
     /// Lets every codebook learn from the statistics of one step: its micro-batches merged, one per unit.
@@ -327,12 +319,31 @@ impl<T: Scalar> Transformer<T> {
         self.codebooks.iter_mut().zip(stats).try_for_each(|(codebook, stats)| codebook.update(stats))
     }
 
-    fn layers(&self) -> impl DoubleEndedIterator<Item = Layer<'_, T>> + ExactSizeIterator {
-        let parts = self.parameters.layers.iter().zip(&self.codebooks);
-        parts.map(|(parameters, codebook)| Layer { config: &self.config, parameters, codebook })
+    /// Sinusoids of the distances 0, 1, ..., M [M+1, D].
+    pub(super) fn distances(&self) -> Result<Array2<T>, Error> {
+        self.sinusoids(0, self.config.attention.window + 1)
     }
 
-    fn check(&self, tokens: ArrayView2<'_, u32>, state: &ModelState<T>) -> Result<(), Error> {
+    pub(super) fn prepare_layers(
+        &self,
+        distances: ArrayView2<'_, T>,
+    ) -> Result<Vec<layer::Prepared<T>>, Error> {
+        let parts = self.parameters.layers.iter().zip(&self.codebooks);
+        let prepare = |(parameters, codebook)| {
+            layer::Prepared::new(&self.config, parameters, codebook, distances.view())
+        };
+        parts.map(prepare).collect()
+    }
+
+    pub(super) fn layers<'s>(
+        &'s self,
+        prepared: &'s [layer::Prepared<T>],
+    ) -> impl DoubleEndedIterator<Item = Layer<'s, T>> + ExactSizeIterator {
+        let parts = self.parameters.layers.iter().zip(prepared);
+        parts.map(|(parameters, prepared)| Layer { config: &self.config, parameters, prepared })
+    }
+
+    pub(super) fn check(&self, tokens: ArrayView2<'_, u32>, state: &ModelState<T>) -> Result<(), Error> {
         check_tokens("tokens", tokens, None, self.config.vocab_size)?;
         state.check(&self.config, tokens.nrows())
     }
@@ -342,7 +353,7 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// (1)
-    fn embed(&self, tokens: ArrayView2<'_, u32>, start: u64) -> Result<Array2<T>, Error> {
+    pub(super) fn embed(&self, tokens: ArrayView2<'_, u32>, start: u64) -> Result<Array2<T>, Error> {
         let tokens = tokens.to_owned();
         let mut x = embedding::forward(self.parameters.embedding.view(), flat(&tokens).view())?;
         if let Some(scale) = &self.parameters.position_scale {
@@ -355,7 +366,7 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// The norm of (3).
-    fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
+    pub(super) fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
         let Some(NormParameters { gain, bias }) = &self.parameters.final_norm else {
             return Ok((x.clone(), None));
         };
@@ -372,7 +383,7 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// (3), after the norm.
-    fn logits(&self, x: &Array2<T>, (b, t): (usize, usize)) -> Result<Array3<T>, Error> {
+    pub(super) fn logits(&self, x: &Array2<T>, (b, t): (usize, usize)) -> Result<Array3<T>, Error> {
         let bias: ArrayView1<'_, T> = self.parameters.output_bias.view();
         let mut logits = linear::forward(x.view(), self.output(), Some(bias))?;
         if self.config.logit_scale != 1.0 {

@@ -16,7 +16,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use super::rows;
 use super::simd::on_best_simd;
-use crate::error::check_shape;
+use crate::error::{check_shape, checked_len};
 use crate::{Error, Scalar};
 
 /// Exponentials that are added in the type itself before their sum is added in f64.
@@ -25,10 +25,11 @@ const BLOCK: usize = 256;
 /// The mean cross-entropy in nats, formula (2), and its gradient with respect to the logits, formula (3).
 ///
 /// # Shapes
-/// `logits` and the gradient [N, vocab]; `targets`, `mask` `[N]`.
+/// `logits` and the gradient [N, vocab]; `targets`, `mask` of length N.
 ///
 /// # Errors
-/// `Shape` if `targets` or `mask` does not fit; `OutOfRange` if the target of a row that counts is not below vocab.
+/// `Shape` if `targets` or `mask` does not fit; `TooLarge` if `logits` is a view larger than any array; `OutOfRange` if the
+/// target of a row that counts is not below vocab.
 pub fn forward_backward<T: Scalar>(
     logits: ArrayView2<'_, T>,
     targets: ArrayView1<'_, u32>,
@@ -59,7 +60,7 @@ fn forward_backward_row<T: Scalar>(x: &[T], target: usize, n: f64, d_x: &mut [T]
 /// The mean cross-entropy in nats, formula (2): the same bits as [`forward_backward`], without the gradient.
 ///
 /// # Shapes
-/// `logits` [N, vocab]; `targets`, `mask` `[N]`.
+/// `logits` [N, vocab]; `targets`, `mask` of length N.
 ///
 /// # Errors
 /// As [`forward_backward`].
@@ -79,10 +80,11 @@ pub fn loss<T: Scalar>(
 /// log p of each row's target, in nats, formula (1).
 ///
 /// # Shapes
-/// `logits` [N, vocab]; `targets` and the result `[N]`.
+/// `logits` [N, vocab]; `targets` and the result of length N.
 ///
 /// # Errors
-/// `Shape` if `targets` does not fit; `OutOfRange` if a target is not below vocab.
+/// `Shape` if `targets` does not fit; `TooLarge` if `logits` is a view larger than any array; `OutOfRange` if a target is
+/// not below vocab.
 pub fn log_probabilities<T: Scalar>(
     logits: ArrayView2<'_, T>,
     targets: ArrayView1<'_, u32>,
@@ -159,6 +161,7 @@ fn targets_that_count(
     targets: ArrayView1<'_, u32>,
     mask: Option<ArrayView1<'_, bool>>,
 ) -> Result<Vec<Option<usize>>, Error> {
+    checked_len("logits", &[n, vocab])?; // a view can be larger than any array
     check_shape("targets", &[n], targets.shape())?;
     if let Some(mask) = mask {
         check_shape("mask", &[n], mask.shape())?;
@@ -298,6 +301,10 @@ mod tests {
         assert_eq!(log_probabilities(x.view(), two.view()), Err(shape("targets", 2)));
         assert_eq!(loss(x.view(), good.view(), Some(four.view())), Err(shape("mask", 4)));
         assert_eq!(forward_backward(x.view(), good.view(), Some(four.view())), Err(shape("mask", 4)));
+        let one = Array2::<f32>::zeros((1, 1));
+        let huge = one.broadcast((1, 1 << 62)).unwrap();
+        let error = Error::TooLarge { what: "logits", shape: vec![1, 1 << 62] };
+        assert_eq!(loss(huge, array![0].view(), None), Err(error));
         let targets = array![0, 2, 9];
         let error = Error::OutOfRange { what: "targets", index: vec![1], got: 2, limit: 2 };
         assert_eq!(loss(x.view(), targets.view(), None), Err(error.clone()));

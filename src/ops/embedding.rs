@@ -16,7 +16,7 @@ use crate::{Error, Scalar};
 /// y_i = table_{token i}, formula (1).
 ///
 /// # Shapes
-/// `table` [vocab, D], `tokens` `[N]`; the result [N, D].
+/// `table` [vocab, D], `tokens` of length N; the result [N, D].
 ///
 /// # Errors
 /// `OutOfRange` if a token is not below vocab; `TooLarge` if the result cannot exist.
@@ -32,7 +32,7 @@ pub fn forward<T: Scalar>(table: ArrayView2<'_, T>, tokens: ArrayView1<'_, u32>)
 /// Adds d_y to the rows of `d_table` that [`forward`] looked up, formula (2).
 ///
 /// # Shapes
-/// `tokens` `[N]`, `d_y` [N, D], `d_table` [vocab, D].
+/// `tokens` of length N, `d_y` [N, D], `d_table` [vocab, D].
 ///
 /// # Errors
 /// `Shape` if `d_y` does not fit, `OutOfRange` if a token is not below vocab; then nothing is added.

@@ -17,7 +17,7 @@ use crate::{Error, Scalar};
 /// y = x w + bias, formula (1).
 ///
 /// # Shapes
-/// `x` [N, in], `w` [in, out], `bias` `[out]`; the result [N, out].
+/// `x` [N, in], `w` [in, out], `bias` of length out; the result [N, out].
 ///
 /// # Errors
 /// `Shape` if `w` or `bias` does not fit; `TooLarge` if the result cannot exist.
@@ -41,7 +41,7 @@ pub fn forward<T: Scalar>(
 /// d_x of [`forward`]; `d_w` and `d_bias` are added to. Formula (2).
 ///
 /// # Shapes
-/// `x` and the result [N, in], `w` and `d_w` [in, out], `d_y` [N, out], `d_bias` `[out]`.
+/// `x` and the result [N, in], `w` and `d_w` [in, out], `d_y` [N, out], `d_bias` of length out.
 ///
 /// # Errors
 /// `Shape` if an array does not fit `x` and `w`; then nothing is added.
@@ -60,7 +60,7 @@ pub fn backward<T: Scalar>(
 /// As [`backward`], with `d_x` added to as well: for an `x` that feeds several maps.
 ///
 /// # Shapes
-/// `x` and `d_x` [N, in], `w` and `d_w` [in, out], `d_y` [N, out], `d_bias` `[out]`.
+/// `x` and `d_x` [N, in], `w` and `d_w` [in, out], `d_y` [N, out], `d_bias` of length out.
 ///
 /// # Errors
 /// `Shape` if an array does not fit `x` and `w`; then nothing is added.

@@ -101,7 +101,7 @@ fn backward_row<T: Scalar>(x: &[T], r: &[T], scale: T, d_y: &[T], d_x: &mut [T])
 /// y = gain x r + bias, formulas (1) and (2) of the [module](self) with one group.
 ///
 /// # Shapes
-/// `x` and the result [N, width]; `gain`, `bias` `[width]`.
+/// `x` and the result [N, width]; `gain`, `bias` of length width.
 ///
 /// # Errors
 /// `Invalid` if the rows are empty; `Shape` if `gain` or `bias` does not have their width.
@@ -133,7 +133,7 @@ fn forward_affine_row<T: Scalar>(x: &[T], gain: &[T], bias: &[T], y: &mut [T], r
 /// d_x of [`forward_affine`], formula (3) of the [module](self); `d_gain` and `d_bias` are added to, formula (4).
 ///
 /// # Shapes
-/// `x`, `d_y` and the result [N, width]; `gain`, `d_gain`, `d_bias` `[width]`.
+/// `x`, `d_y` and the result [N, width]; `gain`, `d_gain`, `d_bias` of length width.
 ///
 /// # Errors
 /// `Invalid` if the rows are empty; `Shape` if `saved` is not of this `x` or an array does not fit it. Then nothing is added.

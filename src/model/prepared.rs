@@ -1,0 +1,65 @@
+//! A model made ready to infer.
+
+use ndarray::{Array3, ArrayView2};
+
+use super::layer::{self, LayerReport};
+use super::{ModelState, Transformer};
+use crate::{Error, Scalar};
+
+/// A model with everything computed that depends on its parameters alone: relative biases and codewords of every unit.
+///
+/// For decoding, where that would cost more than the token itself.
+///
+/// ```
+/// use transformer_vq::model::{ModelConfig, Transformer};
+/// use transformer_vq::ndarray::array;
+///
+/// let model = Transformer::new(ModelConfig { n_layers: 1, ..ModelConfig::default() }, 1)?;
+/// let prepared = model.prepare()?;
+/// let mut state = model.new_state(1)?;
+/// for token in [116, 104, 101] {
+///     let (logits, _) = prepared.push(array![[token]].view(), &mut state)?;
+///     assert_eq!(logits.dim(), (1, 1, 256));
+/// }
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Prepared<'m, T = f32> {
+    model: &'m Transformer<T>,
+    layers: Vec<layer::Prepared<T>>,
+}
+
+impl<'m, T: Scalar> Prepared<'m, T> {
+    pub(super) fn new(model: &'m Transformer<T>) -> Result<Self, Error> {
+        Ok(Prepared { model, layers: model.prepare_layers(model.distances()?.view())? })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &'m Transformer<T> {
+        self.model
+    }
+
+    /// Logits of a piece of any size `[B, T, vocab]`, and what every unit reports; `state` moves on.
+    ///
+    /// # Shapes
+    /// `tokens` [B, T].
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
+    pub fn push(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        state: &mut ModelState<T>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>), Error> {
+        self.model.check(tokens, state)?;
+        let mut x = self.model.embed(tokens, state.position())?;
+        let mut reports = vec![];
+        for (layer, states) in self.model.layers(&self.layers).zip(&mut state.layers) {
+            let (y, report) = layer.push(x, states)?;
+            x = y;
+            reports.push(report);
+        }
+        let (normed, _) = self.model.normalize(&x)?;
+        Ok((self.model.logits(&normed, tokens.dim())?, reports))
+    }
+}
