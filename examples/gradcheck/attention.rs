@@ -6,7 +6,7 @@ use std::ops::Range;
 use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, blockwise, naive};
+use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, blockwise, naive, quadratic};
 use transformer_vq::check::{finite_difference, relative_rms};
 
 use super::Check;
@@ -21,6 +21,7 @@ pub fn checks() -> Vec<Check> {
         check("attention, blocks constant to later ones", || worst(true, false, true)),
         check("attention, window only", || worst(false, true, true)),
         check("attention, window only, blocks constant", || worst(false, false, true)),
+        check("attention, quadratic: q, k, v", quadratic_error),
     ]
 }
 
@@ -30,6 +31,27 @@ fn worst(cache: bool, gradient_through_cache: bool, biases: bool) -> f64 {
     let errors = sizes.map(|(t, before, block_len, window)| {
         let attention = VqAttention { block_len, window, cache, gradient_through_cache };
         Case::new(attention, t, before, biases).error()
+    });
+    errors.into_iter().fold(0.0, f64::max)
+}
+
+/// The largest error of attention over keys that are not quantized, at lengths within a strip and of several blocks.
+fn quadratic_error() -> f64 {
+    let errors = [2, 7, 300].map(|t| {
+        let mut rng = ChaCha8Rng::seed_from_u64(t as u64);
+        let [q, k] = [0; 2].map(|_| random(&mut rng, (t, 3)));
+        let [v, d_out] = [0; 2].map(|_| random(&mut rng, (t, 2)));
+        let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
+        let (d_q, d_k, d_v) =
+            quadratic::backward(q.view(), k.view(), v.view(), out.view(), lse.view(), d_out.view()).unwrap();
+        let loss = |q, k, v| (quadratic::forward(q, k, v).unwrap().0 * &d_out).sum();
+        let expected = [
+            finite_difference(|q| loss(q, k.view(), v.view()), &q, STEP),
+            finite_difference(|k| loss(q.view(), k, v.view()), &k, STEP),
+            finite_difference(|v| loss(q.view(), k.view(), v), &v, STEP),
+        ];
+        let got = [d_q, d_k, d_v];
+        got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)).fold(0.0, f64::max)
     });
     errors.into_iter().fold(0.0, f64::max)
 }

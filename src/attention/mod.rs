@@ -27,8 +27,9 @@
 //! | [`naive`] | T^2 (K + V) | the definition: tests, reading |
 //! | [`blockwise`] | T (S + M + L) (K + V) | training, encoding, prompts |
 //! | [`stream`] | (S + M) (K + V) per token | decoding |
+//! | [`quadratic`] | T^2 (K + V) | exact attention without a codebook: what speed-ups are measured against |
 //!
-//! These three work on one head of one sequence. [`VqAttention::forward`] quantizes keys and runs many of them, over
+//! These work on one head of one sequence. [`VqAttention::forward`] quantizes keys and runs many of them, over
 //! batch x heads, in parallel. Source: Transformer-VQ (Lingle, arXiv 2309.16354).
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
@@ -41,6 +42,7 @@ pub mod blockwise;
 mod cache;
 mod heads;
 pub mod naive;
+pub mod quadratic;
 mod state;
 pub mod stream;
 

@@ -1,0 +1,186 @@
+//! Quadratic attention equals the definition in which every key is its own codeword.
+
+use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder, s};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use transformer_vq::attention::{AttentionState, Inputs, VqAttention, naive, quadratic};
+use transformer_vq::check::relative_rms;
+use transformer_vq::{Error, Scalar};
+
+/// Lengths around the edges of strips (64), blocks (256) and tiles (512).
+const LENGTHS: [usize; 14] = [0, 1, 2, 63, 64, 65, 255, 256, 257, 320, 511, 513, 777, 1100];
+
+struct Problem {
+    q: Array2<f64>,
+    k: Array2<f64>,
+    v: Array2<f64>,
+    d_out: Array2<f64>,
+}
+
+/// Everything that attention computes: o, lse, dq, dk, dv.
+struct Computed<T> {
+    out: Array2<T>,
+    lse: Array1<T>,
+    gradients: [Array2<T>; 3],
+}
+
+impl Problem {
+    fn new(t: usize, d_k: usize, d_v: usize) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(t as u64);
+        // Scores grow along the sequence, so that the running maximum moves in every tile.
+        let trend = |q: Array2<f64>| &q * &Array2::from_shape_fn((t, 1), |(i, _)| 1.0 + i as f64 / 400.0);
+        Problem {
+            q: trend(random(&mut rng, (t, d_k))),
+            k: trend(random(&mut rng, (t, d_k))),
+            v: random(&mut rng, (t, d_v)),
+            d_out: random(&mut rng, (t, d_v)),
+        }
+    }
+
+    fn quadratic<T: Scalar>(&self) -> Computed<T> {
+        let [q, k, v, d_out] = [&self.q, &self.k, &self.v, &self.d_out].map(|x| x.mapv(T::from_f64));
+        let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
+        let (d_q, d_k, d_v) =
+            quadratic::backward(q.view(), k.view(), v.view(), out.view(), lse.view(), d_out.view()).unwrap();
+        Computed { out, lse, gradients: [d_q, d_k, d_v] }
+    }
+
+    /// The definition with codes 0..T and the keys as codewords.
+    fn naive<T: Scalar>(&self) -> Computed<T> {
+        let [q, k, v, d_out] = [&self.q, &self.k, &self.v, &self.d_out].map(|x| x.mapv(T::from_f64));
+        let (t, d_k) = k.dim();
+        if t == 0 {
+            // No key, no codeword: the definition does not begin.
+            return Computed { out: v.clone(), lse: Array1::zeros(0), gradients: [q, k, v] };
+        }
+        let attention = VqAttention { block_len: 32, window: 16, ..VqAttention::default() };
+        let state = AttentionState::new(t, d_k, v.ncols(), attention.window).unwrap();
+        let codes = Array1::from_iter(0..t as u32);
+        let inputs =
+            Inputs { q: q.view(), codes: codes.view(), v: v.view(), codewords: k.view(), biases: None };
+        let (output, _) = naive::forward(&attention, &inputs, k.view(), &state).unwrap();
+        let d = naive::backward(&attention, &inputs, k.view(), &state, d_out.view()).unwrap();
+        Computed { out: output.out, lse: output.lse, gradients: [d.q, d.k_hat + d.codewords, d.v] }
+    }
+}
+
+impl<T: Scalar> Computed<T> {
+    /// Relative RMS of o, lse, dq, dk, dv.
+    fn errors<U: Scalar>(&self, expected: &Computed<U>) -> [f64; 5] {
+        let [q, k, v] = [0, 1, 2].map(|n| {
+            let (got, expected) = (&self.gradients[n], &expected.gradients[n]);
+            // A single key has a probability of 1 whatever the query: its gradients are 0 but for rounding.
+            if got.nrows() == 1 && n < 2 {
+                got.mapv(T::as_f64).sum().abs()
+            } else {
+                relative_rms(got, expected)
+            }
+        });
+        [relative_rms(&self.out, &expected.out), relative_rms(&self.lse, &expected.lse), q, k, v]
+    }
+}
+
+fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<f64, D> {
+    Array::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
+}
+
+#[test]
+fn it_equals_the_definition_where_every_key_is_its_own_codeword() {
+    for t in LENGTHS {
+        let problem = Problem::new(t, 5, 3);
+        let errors = problem.quadratic::<f64>().errors(&problem.naive::<f64>());
+        assert!(errors.iter().all(|&error| error <= 1e-13), "T = {t}: {errors:?}");
+    }
+}
+
+#[test]
+fn in_f32_it_is_as_exact_as_the_definition_in_f32() {
+    for t in [1, 65, 257, 777] {
+        let problem = Problem::new(t, 5, 3);
+        let exact = problem.naive::<f64>();
+        let (errors, naive) =
+            (problem.quadratic::<f32>().errors(&exact), problem.naive::<f32>().errors(&exact));
+        for (error, naive) in errors.into_iter().zip(naive) {
+            assert!(error <= 2.0 * naive + 1e-7, "T = {t}: {error:e}, naive {naive:e}");
+        }
+    }
+}
+
+#[test]
+fn widths_need_not_be_positive_and_strides_do_not_matter() {
+    // Keys without width score 0: the mean of what was seen. Values without width leave lse.
+    let v = Array2::from_shape_fn((300, 1), |(i, _)| i as f64);
+    let empty = Array2::<f64>::zeros((300, 0));
+    let (out, lse) = quadratic::forward(empty.view(), empty.view(), v.view()).unwrap();
+    let (nothing, same) = quadratic::forward(empty.view(), empty.view(), empty.view()).unwrap();
+    assert_eq!((nothing.dim(), &same), ((300, 0), &lse));
+    for i in 0..300 {
+        assert!(
+            (out[[i, 0]] - i as f64 / 2.0).abs() < 1e-11 && (lse[i] - (i as f64 + 1.0).ln()).abs() < 1e-13
+        );
+    }
+    let wide = Problem::new(300, 8, 6);
+    let (q, k, v) = (wide.q.slice(s![.., ..;2]), wide.k.slice(s![.., ..;-2]), wide.v.slice(s![.., ..;2]));
+    let own = [q, k, v].map(|x| x.as_standard_layout().into_owned());
+    let [q_own, k_own, v_own] = own.each_ref().map(|x| x.view());
+    assert_eq!(quadratic::forward(q, k, v).unwrap().0, quadratic::forward(q_own, k_own, v_own).unwrap().0);
+}
+
+#[test]
+fn later_tokens_leave_earlier_outputs_their_bits() {
+    let problem = Problem::new(777, 5, 3);
+    let Problem { q, k, v, .. } = &problem;
+    let (before, lse_before) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
+    for from in [1, 64, 300, 776] {
+        let (mut k, mut v) = (k.clone(), v.clone());
+        k.slice_mut(s![from.., ..]).fill(9.0);
+        v.slice_mut(s![from.., ..]).fill(-9.0);
+        let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
+        assert_eq!(out.slice(s![..from, ..]), before.slice(s![..from, ..]));
+        assert_eq!(lse.slice(s![..from]), lse_before.slice(s![..from]));
+        assert_ne!(out.row(from), before.row(from));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let Problem { q, k, v, d_out } = Problem::new(4, 3, 2);
+    let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
+    let shape = |what, expected: &[usize], got: &[usize]| Error::Shape {
+        what,
+        expected: expected.to_vec(),
+        got: got.to_vec(),
+    };
+    let short = |x: &Array2<f64>| x.slice(s![..3, ..]).to_owned();
+    let forward = |q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>| {
+        quadratic::forward(q.view(), k.view(), v.view()).unwrap_err()
+    };
+    assert_eq!(forward(&q, &short(&k), &v), shape("k", &[4, 3], &[3, 3]));
+    assert_eq!(forward(&q, &v, &v), shape("k", &[4, 3], &[4, 2]));
+    assert_eq!(forward(&q, &k, &short(&v)), shape("v", &[4, 2], &[3, 2]));
+    let backward = |q: &Array2<f64>, out: &Array2<f64>, lse: &Array1<f64>, d_out: &Array2<f64>| {
+        quadratic::backward(q.view(), k.view(), v.view(), out.view(), lse.view(), d_out.view()).unwrap_err()
+    };
+    assert_eq!(backward(&short(&q), &out, &lse, &d_out), shape("k", &[3, 3], &[4, 3]));
+    assert_eq!(backward(&q, &short(&out), &lse, &d_out), shape("out", &[4, 2], &[3, 2]));
+    assert_eq!(backward(&q, &out, &lse.slice(s![..3]).to_owned(), &d_out), shape("lse", &[4], &[3]));
+    assert_eq!(backward(&q, &out, &lse, &short(&d_out)), shape("d_out", &[4, 2], &[3, 2]));
+
+    let bad = |x: &Array2<f64>, value| {
+        let mut x = x.clone();
+        x[[2, 1]] = value;
+        x
+    };
+    let not_finite =
+        |what, value: &str| Error::NotFinite { what, index: vec![2, 1], value: value.to_string() };
+    assert_eq!(forward(&bad(&q, f64::NAN), &k, &v), not_finite("q", "NaN"));
+    assert_eq!(forward(&q, &bad(&k, f64::INFINITY), &v), not_finite("k", "inf"));
+    assert_eq!(forward(&q, &k, &bad(&v, f64::NEG_INFINITY)), not_finite("v", "-inf"));
+    assert_eq!(backward(&bad(&q, f64::NAN), &out, &lse, &d_out), not_finite("q", "NaN"));
+    assert_eq!(backward(&q, &bad(&out, f64::NAN), &lse, &d_out), not_finite("out", "NaN"));
+    assert_eq!(backward(&q, &out, &lse, &bad(&d_out, f64::NAN)), not_finite("d_out", "NaN"));
+    let mut lse = lse;
+    lse[3] = f64::NAN;
+    let expected = Error::NotFinite { what: "lse", index: vec![3], value: "NaN".to_string() };
+    assert_eq!(backward(&q, &out, &lse, &d_out), expected);
+}
