@@ -156,11 +156,11 @@ fn values<'a, T: Scalar>(
     v: ArrayView2<'a, T>,
     rows: std::ops::Range<usize>,
 ) -> [(std::ops::Range<usize>, ArrayView2<'a, T>); 2] {
-    let cut = block.carried.clamp(rows.start, rows.end);
-    let (old, new) = (rows.start..cut, cut..rows.end);
+    let cut = block.carried;
+    let (old, new) = (rows.start.min(cut)..rows.end.min(cut), rows.start.max(cut)..rows.end.max(cut));
     let hidden = window.codes.len() - block.carried;
     let old_v = window.v.slice(s![hidden + old.start..hidden + old.end, ..]);
-    let in_piece = |row: usize| block.first_key + row - block.carried.min(row);
+    let in_piece = |row: usize| block.first_key + row - cut;
     let new_v = v.slice_move(s![in_piece(new.start)..in_piece(new.end), ..]);
     [(old, old_v), (new, new_v)]
 }
