@@ -115,8 +115,8 @@ impl VqAttention {
         d_v: usize,
     ) -> Result<Array2<AttentionState<T>>, Error> {
         self.validate()?;
-        checked_len("states", &[batch, codebook.n_heads(), codebook.n_codes(), d_v])?;
-        checked_len("states", &[batch, codebook.n_heads(), self.window, d_v.max(codebook.d_k())])?;
+        let widest = d_v.max(codebook.d_k()).max(size_of::<AttentionState<T>>());
+        checked_len("states", &[batch, codebook.n_heads(), codebook.n_codes().max(self.window), widest])?;
         let state = AttentionState::new(codebook.n_codes(), codebook.d_k(), d_v, self.window)?;
         Ok(Array2::from_elem((batch, codebook.n_heads()), state))
     }
@@ -380,7 +380,7 @@ pub(crate) fn run<T: Scalar>(
     // (2)
     let rows: Vec<RowStatistics<T>> = parts(&mut out)
         .into_par_iter()
-        .zip(states.as_slice_mut().map_or_else(Vec::new, |states| states.iter_mut().collect()))
+        .zip(states.iter_mut().collect::<Vec<_>>())
         .enumerate()
         .map(|(n, (out, state))| form(attention, &inputs.head(n / h, n % h, &codes, codewords), state, out))
         .collect();
