@@ -94,9 +94,12 @@ impl<T: Scalar> CompressiveCache<T> {
     /// segments.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two differ in S or V.
+    /// [`Error::Shape`] if the two differ in S or V, [`Error::Invalid`] if a count would exceed 64 bits.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check_shape("other", self.mean.shape(), other.mean.shape())?;
+        if self.count.iter().zip(&other.count).any(|(n, &more)| n.checked_add(more).is_none()) {
+            return Err(Error::invalid("other", "few enough tokens to be counted", &other.count));
+        }
         for s in 0..self.count.len() {
             if other.count[s] == 0 {
                 continue;

@@ -168,12 +168,12 @@ impl<T: Scalar> Inputs<'_, T> {
         attention.validate()?;
         let (t, k) = self.q.dim();
         let s = self.codewords.nrows();
-        if k == 0 || s == 0 {
-            return Err(Error::Empty { what: "codewords" });
-        }
         check_shape("codes", &[t], self.codes.shape())?;
         check_shape("v", &[t, self.v.ncols()], self.v.shape())?;
         check_shape("codewords", &[s, k], self.codewords.shape())?;
+        if self.codewords.is_empty() {
+            return Err(Error::Empty { what: "codewords" });
+        }
         check_finite("q", self.q)?;
         check_finite("v", self.v)?;
         check_finite("codewords", self.codewords)?;

@@ -53,13 +53,17 @@ impl<T: Scalar> AttentionState<T> {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`], [`Error::OutOfRange`] for parts that do not belong together, and
-    /// [`Error::Invalid`] if the counts do not add up to the tokens beyond the window.
+    /// [`Error::Invalid`] if the counts do not add up to the tokens beyond the window or the position is above 2^63 - 1.
     pub fn from_parts(
         position: u64,
         window: usize,
         cache: CompressiveCache<T>,
         keys: &WindowKeys<T>,
     ) -> Result<Self, Error> {
+        if position > i64::MAX as u64 {
+            // So far from the end that no sequence can count beyond it.
+            return Err(Error::invalid("position", "at most 2^63 - 1", position));
+        }
         let (n_codes, d_v) = cache.mean().dim();
         let d_k = keys.k_hat.ncols();
         let held = usize::try_from(position).map_or(window, |p| p.min(window));
