@@ -10,6 +10,7 @@
 use std::process::ExitCode;
 
 mod attention;
+mod heads;
 mod model;
 mod ops;
 
@@ -25,7 +26,7 @@ pub struct Check {
 
 /// The whole table.
 pub fn checks() -> Vec<Check> {
-    [ops::checks(), attention::checks(), model::checks()].into_iter().flatten().collect()
+    [ops::checks(), attention::checks(), heads::checks(), model::checks()].into_iter().flatten().collect()
 }
 
 /// Prints one line for each check and returns whether all of them pass.
