@@ -1,6 +1,10 @@
 //! Random attention problems, shared by the tests of all forms.
 
-use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder};
+use std::ops::Range;
+
+use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder, s};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
@@ -32,6 +36,29 @@ pub struct Case {
     pub moved: bool,
     pub attention: VqAttention,
     pub seed: u64,
+}
+
+/// All kinds of problems, small ones.
+pub fn cases() -> impl Strategy<Value = Case> {
+    // Some pieces and blocks are longer than the 64 queries that a block treats at once.
+    let tokens = prop_oneof![4 => 0..90usize, 1 => 90..200usize];
+    let block_len = prop_oneof![3 => 1..40usize, 1 => 40..200usize];
+    let sizes = (tokens, 0..60usize, 2..9usize, 3..8usize, 1..6usize);
+    let attention = (block_len, 0..30usize, any::<bool>(), any::<bool>());
+    (sizes, attention, any::<[bool; 2]>(), any::<u64>()).prop_map(
+        |(sizes, attention, [biases, moved], seed)| {
+            let (t, before, n_codes, d_k, d_v) = sizes;
+            let (block_len, window, cache, gradient_through_cache) = attention;
+            let attention = VqAttention { block_len, window, cache, gradient_through_cache };
+            Case { t, before, n_codes, d_k, d_v, biases, moved, attention, seed }
+        },
+    )
+}
+
+/// The same cases in every run.
+pub fn config(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(1);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }
 }
 
 /// Owned inputs of one head.
@@ -92,6 +119,17 @@ impl<T: Scalar> Problem<T> {
                 position: position.view(),
                 relative: relative.view(),
             }),
+        }
+    }
+
+    /// Inputs of some of the tokens.
+    pub fn piece(&self, tokens: Range<usize>) -> Inputs<'_, T> {
+        let inputs = self.inputs();
+        Inputs {
+            q: inputs.q.slice_move(s![tokens.clone(), ..]),
+            codes: inputs.codes.slice_move(s![tokens.clone()]),
+            v: inputs.v.slice_move(s![tokens, ..]),
+            ..inputs
         }
     }
 
