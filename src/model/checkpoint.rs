@@ -9,11 +9,13 @@
 //! | `codebooks.<unit>.sums` | [H, S, K] | moving averages |
 //! | `codebooks.<unit>.counts` | [H, S] | |
 //!
-//! Training adds its own; a model can be loaded from either.
+//! Training adds its own; a model can be loaded from either. The tensor file repeats the configuration in its metadata, key
+//! `model`, so that a file of another model is told even where the shapes agree.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ndarray::{ArrayD, Ix2, Ix3};
+use ndarray::{ArrayD, ArrayView, Dimension, Ix2, Ix3};
 use serde::{Deserialize, Serialize};
 
 use super::tensor_file::{Tensor, TensorFile};
@@ -27,6 +29,8 @@ const FORMAT_VERSION: u32 = 1;
 const MANIFEST: &str = "checkpoint.json";
 /// A checkpoint takes the one that the last did not.
 const TENSOR_FILES: [&str; 2] = ["tensors-a.safetensors", "tensors-b.safetensors"];
+/// Key of the tensor file's metadata.
+const CONFIG: &str = "model";
 
 /// The JSON file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,13 +48,12 @@ impl<T: Scalar> Transformer<T> {
     /// Writes the model into a folder, which is made if need be.
     ///
     /// # Errors
-    /// [`Error::Io`]; an earlier checkpoint in that folder is then still whole.
+    /// [`Error::Io`], and [`Error::Invalid`] for numbers that are not finite, which [`load`](Self::load) would refuse. An
+    /// earlier checkpoint in that folder is then still whole.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), Error> {
         write(folder.as_ref(), self, vec![], None)
     }
-}
 
-impl<T: Scalar> Transformer<T> {
     /// Reads the model that [`save`](Self::save) or a training checkpoint left in a folder.
     ///
     /// # Errors
@@ -68,23 +71,20 @@ pub(crate) fn write<'a, T: Scalar>(
     more: Vec<Tensor<'a>>,
     training: Option<serde_json::Value>,
 ) -> Result<(), Error> {
-    let failed = |action, e: std::io::Error| {
-        let (path, message) = (folder.to_path_buf(), e.to_string());
-        Error::Io { path, action, message }
-    };
-    std::fs::create_dir_all(folder).map_err(|e| failed("create", e))?;
-    let [a, b] = TENSOR_FILES;
-    let in_use = read_manifest(folder).ok().map(|manifest| manifest.tensors);
-    let name = if in_use.as_deref() == Some(a) { b } else { a };
-
-    let mut tensors = named("model", model.parameters());
+    let mut tensors = named("model", model.parameters())?;
     for (i, codebook) in model.codebooks().iter().enumerate() {
         let Learning::Ema(ema) = codebook.learning();
-        tensors.push(Tensor::new(format!("codebooks.{i}.sums"), ema.sums()));
-        tensors.push(Tensor::new(format!("codebooks.{i}.counts"), ema.counts()));
+        tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
+        tensors.push(tensor(format!("codebooks.{i}.counts"), ema.counts())?);
     }
     tensors.extend(more);
-    TensorFile::write(folder.join(name), tensors, &Default::default())?;
+    let config = serde_json::to_string(model.config())
+        .map_err(|e| file_error(folder.into(), format!("the model cannot be described: {e}")))?;
+
+    std::fs::create_dir_all(folder).map_err(|e| io_error(folder, "create", &e))?;
+    let [a, b] = TENSOR_FILES;
+    let name = if name_in_use(folder).as_deref() == Some(a) { b } else { a };
+    TensorFile::write(folder.join(name), tensors, &BTreeMap::from([(CONFIG.into(), config)]))?;
 
     let manifest = Manifest {
         format_version: FORMAT_VERSION,
@@ -102,35 +102,71 @@ pub(crate) fn write<'a, T: Scalar>(
     Ok(())
 }
 
+/// The tensor file that the checkpoint in this folder names, however old or new its format is.
+fn name_in_use(folder: &Path) -> Option<String> {
+    let json = std::fs::read(folder.join(MANIFEST)).ok()?;
+    let manifest: serde_json::Value = serde_json::from_slice(&json).ok()?;
+    Some(manifest.get("tensors")?.as_str()?.to_string())
+}
+
+/// An array to be saved. Numbers that could not be loaded again must not replace those that can.
+pub(crate) fn tensor<'a, T: Scalar, D: Dimension>(
+    name: String,
+    array: ArrayView<'a, T, D>,
+) -> Result<Tensor<'a>, Error> {
+    match array.iter().find(|x| !x.is_finite()) {
+        Some(bad) => Err(Error::invalid("checkpoint", "of finite numbers", format!("{bad} in `{name}`"))),
+        None => Ok(Tensor::new(name, array)),
+    }
+}
+
 /// Every array of `parameters`, its name behind `prefix`.
-pub(crate) fn named<'a, T: Scalar>(prefix: &str, parameters: &'a Parameters<T>) -> Vec<Tensor<'a>> {
-    parameters.views().into_iter().map(|p| Tensor::new(format!("{prefix}.{}", p.name), p.value)).collect()
+pub(crate) fn named<'a, T: Scalar>(
+    prefix: &str,
+    parameters: &'a Parameters<T>,
+) -> Result<Vec<Tensor<'a>>, Error> {
+    parameters.views().into_iter().map(|p| tensor(format!("{prefix}.{}", p.name), p.value)).collect()
 }
 
 /// Opens the checkpoint in a folder.
 pub(crate) fn open(folder: &Path) -> Result<(Manifest, TensorFile), Error> {
-    let manifest = read_manifest(folder)?;
-    let path = folder.join(MANIFEST);
-    if manifest.format_version != FORMAT_VERSION {
-        let (expected, got) = (FORMAT_VERSION, manifest.format_version);
-        return Err(file_error(path, format!("format version {got}, this crate reads {expected}")));
-    }
-    if !TENSOR_FILES.contains(&manifest.tensors.as_str()) {
-        return Err(file_error(path, format!("`{}` is not the name of a tensor file", manifest.tensors)));
-    }
-    manifest.model.validate().map_err(|e| file_error(path, e.to_string()))?;
+    let manifest = read_manifest(&folder.join(MANIFEST))?;
     let file = TensorFile::open(folder.join(&manifest.tensors))?;
+    let wrong = |problem: String| file_error(file.path().into(), problem);
+    let config = file.metadata().get(CONFIG);
+    let config = config.ok_or_else(|| wrong(format!("the metadata has no `{CONFIG}`")))?;
+    let config: ModelConfig =
+        serde_json::from_str(config).map_err(|e| wrong(format!("metadata `{CONFIG}`: {e}")))?;
+    if config != manifest.model {
+        return Err(wrong(format!("belongs to another model than {MANIFEST} describes")));
+    }
     Ok((manifest, file))
 }
 
-fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
-    let path = folder.join(MANIFEST);
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::Io {
-        path: path.clone(),
-        action: "read",
-        message: e.to_string(),
-    })?;
-    serde_json::from_str(&text).map_err(|e| file_error(path, format!("not a checkpoint: {e}")))
+fn read_manifest(path: &Path) -> Result<Manifest, Error> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let wrong = |problem: String| file_error(path.into(), problem);
+    let foreign = |e: serde_json::Error| wrong(format!("not a checkpoint: {e}"));
+    let json = std::fs::read(path).map_err(|e| io_error(path, "read", &e))?;
+    // The version alone comes first: another one may have other fields.
+    let Version { format_version } = serde_json::from_slice(&json).map_err(foreign)?;
+    if format_version != FORMAT_VERSION {
+        return Err(wrong(format!("format version {format_version}, this crate reads {FORMAT_VERSION}")));
+    }
+    let manifest: Manifest = serde_json::from_slice(&json).map_err(foreign)?;
+    // Only the two names that are ever written: a path could lead out of the folder.
+    if !TENSOR_FILES.contains(&manifest.tensors.as_str()) {
+        return Err(wrong(format!("`{}` is not the name of a tensor file", manifest.tensors)));
+    }
+    manifest.model.validate().map_err(|e| wrong(e.to_string()))?;
+    Ok(manifest)
+}
+
+fn io_error(path: &Path, action: &'static str, e: &std::io::Error) -> Error {
+    Error::Io { path: path.to_path_buf(), action, message: e.to_string() }
 }
 
 pub(crate) fn file_error(path: PathBuf, problem: String) -> Error {

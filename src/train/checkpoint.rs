@@ -21,9 +21,12 @@ use serde::{Deserialize, Serialize};
 use super::trainer::{Moments, Trainer};
 use super::{AdamW, BatchConfig, Schedule};
 use crate::attention::{AttentionState, CompressiveCache, WindowKeys};
-use crate::model::checkpoint::{self, file_error, named, read_model, read_parameters};
-use crate::model::{ModelConfig, ModelState, Tensor, TensorFile};
+use crate::model::checkpoint::{self, file_error, named, read_model, read_parameters, tensor};
+use crate::model::{ModelConfig, ModelState, Parameters, Tensor, TensorFile};
 use crate::{Error, Scalar};
+
+/// A count above this one is refused: there must be room to go on.
+const MOST_COUNTED: u64 = i64::MAX as u64;
 
 /// Where a training loop stands, apart from the trainer itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,8 +42,31 @@ pub struct Progress {
     pub schedule: Schedule,
     /// When the run is over.
     pub budget: Budget,
-    /// The lowest validation loss so far, nats per token.
-    pub best_validation: Option<f64>,
+    /// What the next line of the log will tell of.
+    pub recent: RecentLoss,
+}
+
+/// The mean loss of the steps since a loop last reported it, in a form that outlives the process.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecentLoss {
+    /// Steps since then.
+    pub steps: u64,
+    /// Sum of their losses, nats per token.
+    pub nats: f64,
+}
+
+impl RecentLoss {
+    /// Adds the loss of one step, nats per token.
+    pub fn add(&mut self, loss: f64) {
+        self.steps = self.steps.saturating_add(1);
+        self.nats += loss;
+    }
+
+    /// Nats per token; 0 before the first step.
+    pub fn mean(&self) -> f64 {
+        self.nats / self.steps.max(1) as f64
+    }
 }
 
 /// When a run is over; its schedule follows the same clock.
@@ -54,6 +80,28 @@ pub enum Budget {
 }
 
 impl Progress {
+    /// Checks that a run can go on from here.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for seconds or a mean loss that are not finite, an empty budget, and as [`Schedule::validate`].
+    pub fn validate(&self) -> Result<(), Error> {
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        if !(positive(self.seconds) || self.seconds == 0.0) {
+            return Err(Error::invalid("seconds", "finite and not negative", self.seconds));
+        }
+        match self.budget {
+            Budget::Steps(0) => return Err(Error::invalid("budget", "at least one step", 0)),
+            Budget::Seconds(seconds) if !positive(seconds) => {
+                return Err(Error::invalid("budget", "a positive number of seconds", seconds));
+            }
+            _ => {}
+        }
+        if !self.recent.nats.is_finite() {
+            return Err(Error::invalid("recent.nats", "finite", self.recent.nats));
+        }
+        self.schedule.validate()
+    }
+
     /// How much of the run is over, from 0 to 1, after `step` steps.
     pub fn fraction(&self, step: u64) -> f64 {
         let fraction = match self.budget {
@@ -83,6 +131,7 @@ struct Training {
 }
 
 pub(super) fn save<T: Scalar>(trainer: &Trainer<T>, folder: &Path, progress: &Progress) -> Result<(), Error> {
+    progress.validate()?;
     let training = Training {
         optimizer: trainer.optimizer,
         steps: trainer.steps,
@@ -93,10 +142,10 @@ pub(super) fn save<T: Scalar>(trainer: &Trainer<T>, folder: &Path, progress: &Pr
         .map_err(|e| file_error(folder.into(), format!("cannot be described: {e}")))?;
     let states =
         trainer.state.as_ref().map_or(vec![], |state| state.layers().iter().map(StateArrays::new).collect());
-    let mut tensors = named("adamw.m", &trainer.moments.m);
-    tensors.extend(named("adamw.v", &trainer.moments.v));
+    let mut tensors = named("adamw.m", &trainer.moments.m)?;
+    tensors.extend(named("adamw.v", &trainer.moments.v)?);
     for (i, arrays) in states.iter().enumerate() {
-        tensors.extend(arrays.tensors(&format!("state.{i}")));
+        tensors.extend(arrays.tensors(&format!("state.{i}"))?);
     }
     checkpoint::write(folder, &trainer.model, tensors, Some(training))
 }
@@ -107,20 +156,25 @@ pub(super) fn load<T: Scalar>(folder: &Path) -> Result<(Trainer<T>, Progress), E
     let training = manifest.training.ok_or_else(|| wrong("a model without its training".into()))?;
     let training: Training = serde_json::from_value(training).map_err(|e| wrong(format!("training: {e}")))?;
     training.optimizer.validate().map_err(|e| wrong(e.to_string()))?;
-    training.progress.schedule.validate().map_err(|e| wrong(e.to_string()))?;
+    training.progress.validate().map_err(|e| wrong(e.to_string()))?;
+    if training.steps > MOST_COUNTED {
+        return Err(wrong(format!("{} steps, more than can have been", training.steps)));
+    }
     let config = manifest.model;
     let m = read_parameters("adamw.m", &config, &file)?;
-    let v = read_parameters("adamw.v", &config, &file)?;
-    let state = training.carries_state.then(|| {
-        let layers = (0..config.n_layers).map(|i| read_states(&config, i, &file));
-        ModelState::from_parts(layers.collect::<Result<_, Error>>()?)
-    });
+    let v: Parameters<T> = read_parameters("adamw.v", &config, &file)?;
+    // A step would take its root.
+    if let Some(p) = v.views().into_iter().find(|p| p.value.iter().any(|&x| x < T::zero())) {
+        let problem = format!("`adamw.v.{}` holds a negative mean of squares", p.name);
+        return Err(file_error(file.path().into(), problem));
+    }
+    let state = if training.carries_state { Some(read_state(&config, &file)?) } else { None };
     let trainer = Trainer {
         model: read_model(config, &file)?,
         optimizer: training.optimizer,
         moments: Moments { m, v },
         steps: training.steps,
-        state: state.transpose()?,
+        state,
         last_checkpoint: None,
     };
     Ok((trainer, training.progress))
@@ -151,16 +205,16 @@ impl<T: Scalar> StateArrays<T> {
         }
     }
 
-    fn tensors(&self, prefix: &str) -> Vec<Tensor<'_>> {
-        vec![
+    fn tensors(&self, prefix: &str) -> Result<Vec<Tensor<'_>>, Error> {
+        Ok(vec![
             Tensor::new(format!("{prefix}.position"), self.position.view()),
-            Tensor::new(format!("{prefix}.mean"), self.mean.view()),
-            Tensor::new(format!("{prefix}.residual"), self.residual.view()),
+            tensor(format!("{prefix}.mean"), self.mean.view())?,
+            tensor(format!("{prefix}.residual"), self.residual.view())?,
             Tensor::new(format!("{prefix}.count"), self.count.view()),
             Tensor::new(format!("{prefix}.codes"), self.codes.view()),
-            Tensor::new(format!("{prefix}.k_hat"), self.k_hat.view()),
-            Tensor::new(format!("{prefix}.v"), self.v.view()),
-        ]
+            tensor(format!("{prefix}.k_hat"), self.k_hat.view())?,
+            tensor(format!("{prefix}.v"), self.v.view())?,
+        ])
     }
 }
 
@@ -193,6 +247,18 @@ fn padded<E: Clone + Default, D: Dimension, T, S>(
     stacked(states, full.iter().map(|part| part.view()))
 }
 
+/// What [`StateArrays`] has written, unit by unit.
+fn read_state<T: Scalar>(config: &ModelConfig, file: &TensorFile) -> Result<ModelState<T>, Error> {
+    let layers: Vec<Array2<_>> =
+        (0..config.n_layers).map(|i| read_states(config, i, file)).collect::<Result<_, Error>>()?;
+    let wrong = |problem: String| file_error(file.path().into(), format!("state: {problem}"));
+    if let Some(i) = layers.iter().position(|states| states.dim() != layers[0].dim()) {
+        let (b, other) = (layers[0].nrows(), layers[i].nrows());
+        return Err(wrong(format!("{b} sequences in unit 0, {other} in unit {i}")));
+    }
+    ModelState::from_parts(layers).map_err(|e| wrong(e.to_string()))
+}
+
 /// The states [B, H] of one unit.
 fn read_states<T: Scalar>(
     config: &ModelConfig,
@@ -203,11 +269,14 @@ fn read_states<T: Scalar>(
     let window = config.attention.window;
     let wrong = |problem: String| file_error(file.path().into(), format!("state.{unit}: {problem}"));
     let name = |part: &str| format!("state.{unit}.{part}");
-    let position = file.integers_any_shape::<u64>(&name("position"))?;
-    let position = position.into_dimensionality::<Ix2>().map_err(|e| wrong(format!("position: {e}")))?;
-    let b = position.nrows();
-    if b == 0 || position.ncols() != n_heads {
-        return Err(wrong(format!("states {:?}, expected [B, {n_heads}] with B > 0", position.shape())));
+    let b = match *file.shape(&name("position"))? {
+        [b, h] if b > 0 && h == n_heads => b,
+        ref shape => return Err(wrong(format!("position {shape:?}, expected [B, {n_heads}] with B > 0"))),
+    };
+    let position = file.integers::<u64>(&name("position"), &[b, n_heads])?;
+    let position = position.into_dimensionality::<Ix2>().expect("its shape has been checked");
+    if let Some(position) = position.iter().find(|&&p| p > MOST_COUNTED) {
+        return Err(wrong(format!("position {position}, more than can have been")));
     }
     let mean = file.array::<T>(&name("mean"), &[b, n_heads, n_codes, d_v])?;
     let residual = file.array::<T>(&name("residual"), &[b, n_heads, n_codes, d_v])?;

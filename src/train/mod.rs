@@ -14,7 +14,7 @@ mod trainer;
 
 pub use adamw::AdamW;
 pub use batches::{Batch, BatchConfig, Batches};
-pub use checkpoint::{Budget, Progress};
+pub use checkpoint::{Budget, Progress, RecentLoss};
 pub use schedule::Schedule;
 pub use text::{ByteText, Pieces};
 pub use trainer::{StepReport, Trainer};

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! (1)  loss and gradients of a batch, from the state that the last batch left (a constant)
-//! (2)  parameters <- AdamW(gradients)
-//! (3)  codebooks <- moving averages of the batch's keys
+//! (2)  codebooks <- moving averages of the batch's keys
+//! (3)  parameters <- AdamW(gradients)
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -119,12 +119,14 @@ impl<T: Scalar> Trainer<T> {
             self.model.loss_and_gradients(batch.tokens.view(), batch.targets.view(), None, &mut state)?;
         let gradients = result.gradients.views();
         let gradient_norm = gradients.iter().map(|g| sum_of_squares(g.value.view())).sum::<f64>().sqrt();
-        let worst = if result.total.is_finite() { gradient_norm } else { result.total };
-        if !worst.is_finite() {
-            let (loss, checkpoint) = (worst.to_string(), self.last_checkpoint.clone());
-            return Err(Error::Diverged { step: self.steps, loss, checkpoint });
+        if !(result.total.is_finite() && gradient_norm.is_finite()) {
+            let loss = format!("{} with a gradient of norm {gradient_norm}", result.total);
+            return Err(Error::Diverged { step: self.steps, loss, checkpoint: self.last_checkpoint.clone() });
         }
-        // (2)
+        // (2) before (3): it can refuse, and then nothing may have changed.
+        let stats: Vec<_> = result.layers.into_iter().map(|layer| layer.stats).collect();
+        self.model.update_codebooks(&stats)?;
+        // (3)
         let scale = self.optimizer.gradient_scale(gradient_norm);
         let step = self.optimizer.step(self.steps + 1, factor, scale);
         let moments = self.moments.m.views_mut().into_iter().zip(self.moments.v.views_mut());
@@ -133,9 +135,6 @@ impl<T: Scalar> Trainer<T> {
         {
             step.update(p.decay, p.value, g.value.view(), m.value, v.value);
         }
-        // (3)
-        let stats: Vec<_> = result.layers.into_iter().map(|layer| layer.stats).collect();
-        self.model.update_codebooks(&stats)?;
         self.state = Some(state);
         self.steps += 1;
         let mean = |per_head: ndarray::Array1<f64>| per_head.mean().unwrap_or_default();
@@ -152,7 +151,8 @@ impl<T: Scalar> Trainer<T> {
     /// Writes everything that continuing needs into a folder; see [`checkpoint`].
     ///
     /// # Errors
-    /// [`Error::Io`]; an earlier checkpoint in that folder is then still whole.
+    /// [`Error::Io`], and [`Error::Invalid`] for what [`load`](Self::load) would refuse: numbers that are not finite, a
+    /// progress that is not valid. An earlier checkpoint in that folder is then still whole.
     pub fn save(&mut self, folder: impl AsRef<Path>, progress: &Progress) -> Result<(), Error> {
         checkpoint::save(self, folder.as_ref(), progress)?;
         self.last_checkpoint = Some(folder.as_ref().to_path_buf());

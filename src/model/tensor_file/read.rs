@@ -80,6 +80,14 @@ impl TensorFile {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The shape of an array, which stays on the disk.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none of this name.
+    pub fn shape(&self, name: &str) -> Result<&[usize], Error> {
+        Ok(&self.info(name)?.shape)
+    }
+
     /// The texts beside the arrays.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -152,7 +160,7 @@ impl TensorFile {
     }
 
     fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), Error> {
-        let found = &self.info(name)?.shape;
+        let found = self.shape(name)?;
         if found == expected {
             return Ok(());
         }
@@ -171,7 +179,11 @@ impl TensorFile {
         // A panic elsewhere cannot have left the file in a state that matters: each read seeks first.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(self.data_start + start as u64)).map_err(refused)?;
-        let mut values = Vec::with_capacity((end - start) / BYTES);
+        // A file with holes can promise more than any memory holds.
+        let mut values = Vec::new();
+        values
+            .try_reserve_exact((end - start) / BYTES)
+            .map_err(|_| self.problem(format!("tensor `{name}` does not fit into memory")))?;
         let mut buffer = vec![0; BUFFER_LEN.min(end - start)];
         let mut left = end - start;
         while left > 0 {
@@ -259,6 +271,8 @@ mod tests {
         let file = TensorFile::open(&path).unwrap();
         assert_eq!(file.names().collect::<Vec<_>>(), ["k", "n", "x", "y"]);
         assert_eq!(file.metadata()["key"], "value");
+        assert_eq!((file.shape("x"), file.shape("k")), (Ok(&[2, 3][..]), Ok(&[][..])));
+        assert!(problem(file.shape("z")).contains("no tensor `z`"));
         let x = array![[1.5, -2.0, 3.25], [0.0, 7.0, f64::from(1e30f32)]].into_dyn();
         assert_eq!(file.array::<f64>("x", &[2, 3]), Ok(x));
         assert_eq!(file.array::<f32>("y", &[2]), Ok(array![0.1f32, f32::INFINITY].into_dyn()));
