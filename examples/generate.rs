@@ -66,9 +66,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         out.flush()?;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    writeln!(out)?;
+    // Beside the text: only prompt and tokens go to the standard output.
     eprintln!(
-        "{} tokens, {:.0} per second; state: {} bytes at any length",
+        "\n{} tokens, {:.0} per second; state: {} bytes at any length",
         args.tokens,
         args.tokens as f64 / seconds,
         generator.state().size_in_bytes(),

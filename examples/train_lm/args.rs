@@ -11,7 +11,7 @@ use transformer_vq::train::AdamW;
 /// Trains a byte-level Transformer-VQ on text, then writes a sample of what it has learned.
 ///
 /// Without arguments: a small model on this crate's own sources and documentation, about two minutes on two cores.
-/// Ctrl-C ends a run cleanly; --resume continues it.
+/// Ctrl-C stops a run with a checkpoint; --resume continues it.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "train_lm")]
 pub struct Args {
@@ -32,10 +32,10 @@ pub struct Args {
     pub out: Option<PathBuf>,
 
     /// Continue the run in this folder, with the options it was begun with
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "steps", "minutes", "out", "seed"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "steps", "minutes", "out", "seed", "Sizes"])]
     pub resume: Option<PathBuf>,
 
-    /// End early, with a checkpoint, after this many steps in all
+    /// Stop as Ctrl-C does, after this many steps in all
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
 
@@ -59,7 +59,7 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 /// Sizes of the model and of its training.
-#[derive(Debug, Clone, PartialEq, Parser, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sizes {
     /// Width of the model

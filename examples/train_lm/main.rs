@@ -1,55 +1,50 @@
 //! Trains a byte-level Transformer-VQ on text, end to end: data, training, checkpoints, evaluation, a sample.
 //!
-//! Without arguments about two minutes on two cores, on this crate's own sources and documentation. Into `--out` go
-//! checkpoints (`checkpoint.json`, `tensors-*.safetensors`), `log.csv` and `curves.svg`. The last line printed is
-//! `val_bits_per_byte: X`: the whole held-out tenth, each byte predicted once, read as one stream with carried state.
+//! Without arguments about two minutes on two cores, on this crate's own sources and documentation. Into `--out` go the
+//! checkpoint (`checkpoint.json`, `tensors-*.safetensors`), the options (`run.json`), `log.csv` (columns: see `log.rs`) and
+//! `curves.svg`. The last line printed is `val_bits_per_byte: X`: the whole held-out tenth, each byte predicted once, read
+//! as one stream with carried state.
 //!
 //! ```sh
 //! cargo run --release --example train_lm
 //! cargo run --release --example train_lm -- --data FILE --minutes 5 --out runs/mine
 //! cargo run --release --example train_lm -- --resume runs/mine
 //! ```
+//!
+//! A run can be stopped (Ctrl-C, or `--stop-after`) and resumed; with a budget of `--steps` it then ends in the same bits
+//! as if it had never been stopped. Killed, it goes on from the last line of its log.
 
 mod args;
 mod log;
+mod picture;
+mod run;
 
 use std::error::Error;
-use std::path::{Path, PathBuf};
+use std::fmt::Display;
+use std::io::Write;
+use std::ops::Range;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use args::{Args, Sizes};
+use args::Args;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, Row};
-use serde::{Deserialize, Serialize};
+use run::Run;
 use transformer_vq::generate::{Generator, Sampler, Scorer};
-use transformer_vq::model::{Transformer, write_atomically};
+use transformer_vq::model::Transformer;
 use transformer_vq::ndarray::Array1;
-use transformer_vq::train::{
-    BatchConfig, Batches, Budget, ByteText, Progress, Schedule, StepReport, Trainer,
-};
+use transformer_vq::train::{Budget, ByteText, Progress};
 
-/// Evaluations on a part of the held-out text, over a whole run.
+/// Evaluations on a part of the held-out text, each with a checkpoint, over a whole run.
 const EVALUATIONS: u64 = 20;
 /// Bytes of each.
 const EVALUATION_LEN: usize = 16 * 1024;
 /// Bytes that evaluation reads at once.
 const PIECE_LEN: usize = 2048;
-/// Part of the text that is held out.
-const HELD_OUT: f64 = 0.1;
-
-/// What a run was begun with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Run {
-    /// None: the crate's own sources and documentation.
-    data: Option<PathBuf>,
-    seed: u64,
-    sizes: Sizes,
-}
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
@@ -65,199 +60,136 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global()?;
     }
-    let folder = args.resume.as_ref().or(args.out.as_ref()).cloned();
-    let folder = folder.unwrap_or_else(|| PathBuf::from("runs/train_lm"));
-    let (run, mut trainer, mut progress) =
-        if args.resume.is_some() { resume(&folder)? } else { begin(args, &folder)? };
+    let mut run = match &args.resume {
+        Some(folder) => Run::resume(folder.clone())?,
+        None => Run::begin(args, args.out.clone().unwrap_or_else(|| PathBuf::from("runs/train_lm")))?,
+    };
+    describe(&run);
 
-    let text = read_text(run.data.as_deref())?;
-    let (training, held_out) = text.split(HELD_OUT)?;
-    let mut batches = Batches::new(text.clone(), training.clone(), progress.batches)?;
-    batches.seek(progress.position);
-    let mut log = Log::open(&folder, trainer.steps())?;
-    describe(&run, &trainer, &folder, training.len(), held_out.len());
-
+    // The first Ctrl-C ends training at the next step, the second one ends the process.
     let interrupted = Arc::new(AtomicBool::new(false));
     let handler = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || handler.store(true, Ordering::SeqCst))?;
+    ctrlc::set_handler(move || {
+        if handler.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })?;
+
+    if run.is_over() {
+        say(format!("this run is over, after {} steps; here is its result again", run.trainer.steps()));
+    } else {
+        let stop = |steps| interrupted.load(Ordering::SeqCst) || args.stop_after.is_some_and(|n| steps >= n);
+        train(&mut run, stop)?;
+        if !run.is_over() {
+            say(format!(
+                "stopped after {}; continue with: --resume {}",
+                done(&run.progress, run.trainer.steps()),
+                run.folder.display(),
+            ));
+            return Ok(());
+        }
+        say(format!("{} steps in {:.0} s", run.trainer.steps(), run.progress.seconds));
+    }
+    interrupted.store(true, Ordering::SeqCst); // there is nothing left to save
+    finish(run.trainer.model(), &run.text, run.held_out, run.options.seed)
+}
+
+/// Trains until the run is over or `stop` says so, given the steps taken, and leaves a checkpoint.
+fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>> {
+    let Run { folder, options, text, held_out, batches, trainer, progress, .. } = run;
+    let mut log = Log::open(folder, trainer.steps(), trainer.model().config().n_layers)?;
+    let evaluated = held_out.start..held_out.end.min(held_out.start + EVALUATION_LEN);
+    let per_step = (options.sizes.batch_size * options.sizes.update_len) as u64;
+    let bar = progress_bar();
 
     // The clock of a run stands still between sittings.
-    let before = Duration::from_secs_f64(progress.seconds);
-    let begun = Instant::now();
-    let bar = progress_bar(&progress, trainer.steps());
-    let per_step = (run.sizes.batch_size * run.sizes.update_len) as u64;
-    let mut since = Window::new(begun);
-    let stopped =
-        |steps: u64| interrupted.load(Ordering::SeqCst) || args.stop_after.is_some_and(|n| steps >= n);
-    while progress.fraction(trainer.steps()) < 1.0 && !stopped(trainer.steps()) {
+    let (before, begun) = (progress.seconds, Instant::now());
+    let (mut since, mut steps_since) = (begun, 0);
+    while progress.fraction(trainer.steps()) < 1.0 && !stop(trainer.steps()) {
         let evaluations = |progress: &Progress, step| (progress.fraction(step) * EVALUATIONS as f64) as u64;
-        let due = evaluations(&progress, trainer.steps());
+        let due = evaluations(progress, trainer.steps());
         let factor = progress.factor(trainer.steps());
         let report = trainer.step(&batches.next_batch(), factor)?;
         progress.position = batches.position();
-        progress.seconds = (before + begun.elapsed()).as_secs_f64();
-        since.add(&report, per_step);
-        show(&bar, &progress, &report, &since);
-        if evaluations(&progress, report.step) > due {
-            let end = held_out.end.min(held_out.start + EVALUATION_LEN);
-            let nats = score(trainer.model(), &text, held_out.start..end)?.nats_per_token();
-            progress.best_validation = Some(progress.best_validation.map_or(nats, |best| best.min(nats)));
-            progress.seconds = (before + begun.elapsed()).as_secs_f64();
+        progress.seconds = before + begun.elapsed().as_secs_f64();
+        progress.recent.add(report.loss);
+        steps_since += 1;
+        let tokens_per_second = (steps_since * per_step) as f64 / since.elapsed().as_secs_f64().max(1e-9);
+        show(&bar, progress, report.step, tokens_per_second);
+        if evaluations(progress, report.step) > due {
+            let nats = score(trainer.model(), text, evaluated.clone())?.nats_per_token();
+            progress.seconds = before + begun.elapsed().as_secs_f64();
             let row = Row {
                 step: report.step,
                 seconds: progress.seconds,
                 tokens: report.step * per_step,
                 learning_rate: trainer.optimizer().learning_rate * factor,
-                tokens_per_second: since.tokens_per_second(),
-                train_bits_per_byte: bits(since.loss()),
+                tokens_per_second,
+                train_bits_per_byte: bits(progress.recent.mean()),
                 val_bits_per_byte: bits(nats),
                 perplexity: report.perplexity,
             };
-            bar.println(format!(
-                "step {:6}   train {:.3}   validation {:.3} bits per byte   {:.0} bytes/s   codes in use {:.0?}",
-                row.step, row.train_bits_per_byte, row.val_bits_per_byte, row.tokens_per_second, row.perplexity,
-            ));
+            bar.suspend(|| say(&row));
             log.push(row)?;
-            trainer.save(&folder, &progress)?;
-            since = Window::new(Instant::now());
+            progress.recent = Default::default();
+            trainer.save(&*folder, progress)?;
+            (since, steps_since) = (Instant::now(), 0);
         }
     }
     bar.finish_and_clear();
-    trainer.save(&folder, &progress)?;
-    println!("step {}, {:.0} s, checkpoint in {}", trainer.steps(), progress.seconds, folder.display());
-    if progress.fraction(trainer.steps()) < 1.0 {
-        println!("continue with: --resume {}", folder.display());
-        if interrupted.load(Ordering::SeqCst) {
-            return Ok(());
-        }
+    // An evaluation at the very last step has saved all there is.
+    if steps_since > 0 {
+        trainer.save(&*folder, progress)?;
     }
-    finish(trainer.model(), &text, held_out, run.seed)
+    Ok(())
 }
 
-/// A new run: its folder, its options in `run.json`, a model with random weights.
-fn begin(args: &Args, folder: &Path) -> Result<(Run, Trainer, Progress), Box<dyn Error>> {
-    let run = Run { data: args.data.clone(), seed: args.seed.unwrap_or(1), sizes: args.sizes.clone() };
-    let sizes = &run.sizes;
-    let budget = match (args.steps, args.minutes) {
-        (Some(steps), _) => Budget::Steps(steps),
-        (None, minutes) => Budget::Seconds(60.0 * minutes.unwrap_or(2.0)),
-    };
-    let batches = BatchConfig {
-        batch_size: sizes.batch_size,
-        sequence_len: sizes.sequence_len,
-        update_len: sizes.update_len,
-        seed: run.seed,
-    };
-    let schedule = Schedule::new(sizes.warmup, 0.1)?;
-    let model = Transformer::new(sizes.model(), run.seed)?;
-    let trainer = Trainer::new(model, sizes.optimizer())?;
-    let progress = Progress { batches, position: 0, seconds: 0.0, schedule, budget, best_validation: None };
-    std::fs::create_dir_all(folder).map_err(|e| format!("cannot create {}: {e}", folder.display()))?;
-    write_atomically(folder.join("run.json"), |out| Ok(serde_json::to_writer_pretty(out, &run)?))?;
-    Ok((run, trainer, progress))
+/// Prints a line. A reader that has gone away is no reason to end the training.
+fn say(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-fn resume(folder: &Path) -> Result<(Run, Trainer, Progress), Box<dyn Error>> {
-    let path = folder.join("run.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-    let run = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    let (trainer, progress) = Trainer::load(folder)?;
-    Ok((run, trainer, progress))
-}
-
-/// The text to learn. Without a file: README, documentation and sources of this crate, in the order of their names.
-fn read_text(data: Option<&Path>) -> Result<ByteText, Box<dyn Error>> {
-    if let Some(path) = data {
-        return Ok(ByteText::open(path)?);
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut files = vec![root.join("README.md")];
-    let mut folders: Vec<PathBuf> =
-        ["src", "docs", "examples", "tests", "benches"].map(|name| root.join(name)).into();
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))? {
-            let path = entry?.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "md") {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    let mut bytes = vec![];
-    for path in files {
-        bytes.extend(std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?);
-    }
-    Ok(ByteText::from_bytes(bytes)?)
-}
-
-fn describe(run: &Run, trainer: &Trainer, folder: &Path, training: usize, held_out: usize) {
-    let data = run
-        .data
-        .as_ref()
-        .map_or("this crate's sources and documentation".into(), |data| data.display().to_string());
-    let config = trainer.model().config();
-    println!("{data}: {training} bytes to learn from, {held_out} held out");
-    println!(
+fn describe(run: &Run) {
+    let (config, (training, held_out)) = (run.trainer.model().config(), (&run.training, &run.held_out));
+    say(format!("{}: {} bytes to learn from, {} held out", run.text_name(), training.len(), held_out.len()));
+    say(format!(
         "{} parameters, {} units of width {}, {} codes; {} threads; into {}",
         config.n_parameters(),
         config.n_layers,
         config.d_model,
         config.n_codes,
         rayon::current_num_threads(),
-        folder.display(),
-    );
-}
-
-fn progress_bar(progress: &Progress, step: u64) -> ProgressBar {
-    let bar = ProgressBar::new(1000);
-    let style = ProgressStyle::with_template("{bar:30} {percent:>3}%  {msg}");
-    bar.set_style(style.expect("a valid template").progress_chars("=> "));
-    bar.set_position((progress.fraction(step) * 1000.0) as u64);
-    bar
-}
-
-fn show(bar: &ProgressBar, progress: &Progress, report: &StepReport, since: &Window) {
-    let fraction = progress.fraction(report.step);
-    let left = Duration::from_secs_f64(progress.seconds * (1.0 - fraction) / fraction.max(1e-6));
-    bar.set_position((fraction * 1000.0) as u64);
-    bar.set_message(format!(
-        "step {}  loss {:.3}  {:.3} bits/byte  {:.0} bytes/s  {} left",
-        report.step,
-        since.loss(),
-        bits(since.loss()),
-        since.tokens_per_second(),
-        indicatif::HumanDuration(left),
+        run.folder.display(),
     ));
 }
 
-/// Means since the last row of the log.
-struct Window {
-    begun: Instant,
-    steps: u64,
-    tokens: u64,
-    nats: f64,
+/// How far a run has come, in the units of its budget.
+fn done(progress: &Progress, step: u64) -> String {
+    match progress.budget {
+        Budget::Steps(steps) => format!("{step} of {steps} steps"),
+        Budget::Seconds(seconds) => format!("{step} steps, {:.0} of {seconds:.0} s", progress.seconds),
+    }
 }
 
-impl Window {
-    fn new(begun: Instant) -> Self {
-        Window { begun, steps: 0, tokens: 0, nats: 0.0 }
-    }
+/// One line on a terminal; nothing elsewhere.
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::new(1000);
+    let style = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}");
+    bar.set_style(style.expect("a valid template").progress_chars("=> "));
+    bar
+}
 
-    fn add(&mut self, report: &StepReport, tokens: u64) {
-        self.steps += 1;
-        self.tokens += tokens;
-        self.nats += report.loss;
-    }
-
-    fn loss(&self) -> f64 {
-        self.nats / self.steps.max(1) as f64
-    }
-
-    fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.begun.elapsed().as_secs_f64().max(1e-9)
-    }
+fn show(bar: &ProgressBar, progress: &Progress, step: u64, tokens_per_second: f64) {
+    let fraction = progress.fraction(step);
+    let left = progress.seconds * (1.0 - fraction) / fraction.max(1e-6);
+    let left = Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX);
+    bar.set_position((fraction * 1000.0) as u64);
+    bar.set_message(format!(
+        "{}  {:.3} bits/byte  {tokens_per_second:.0} bytes/s  {} left",
+        done(progress, step),
+        bits(progress.recent.mean()),
+        indicatif::HumanDuration(left),
+    ));
 }
 
 fn bits(nats: f64) -> f64 {
@@ -268,7 +200,7 @@ fn bits(nats: f64) -> f64 {
 fn score<'m>(
     model: &'m Transformer,
     text: &ByteText,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
 ) -> Result<Scorer<'m>, Box<dyn Error>> {
     let mut scorer = Scorer::new(model)?;
     for (tokens, targets) in text.pieces(range, PIECE_LEN)? {
@@ -281,7 +213,7 @@ fn score<'m>(
 fn finish(
     model: &Transformer,
     text: &ByteText,
-    held_out: std::ops::Range<usize>,
+    held_out: Range<usize>,
     seed: u64,
 ) -> Result<(), Box<dyn Error>> {
     let sampler = Sampler { temperature: 0.8, top_k: None, top_p: Some(0.95) };
@@ -291,20 +223,20 @@ fn finish(
     let sample = (0..400)
         .map(|_| Ok(generator.next_token()? as u8))
         .collect::<Result<Vec<u8>, transformer_vq::Error>>()?;
-    println!("\n--- sample after {:?}:", String::from_utf8_lossy(prompt));
-    println!("{}\n---", String::from_utf8_lossy(&sample));
+    say(format!("\n--- sample after {:?}:", String::from_utf8_lossy(prompt)));
+    say(format!("{}\n---", String::from_utf8_lossy(&sample)));
 
     let begun = Instant::now();
     let with_cache = score(model, text, held_out.clone())?;
     let without = model.clone().with_cache(false);
     let without_cache = score(&without, text, held_out)?;
-    println!(
+    say(format!(
         "held out: {} bytes in {:.0} s; attention on cached codes: {:.1} %",
         with_cache.tokens(),
         begun.elapsed().as_secs_f64(),
         100.0 * with_cache.cached_mass(),
-    );
-    println!("val_bits_per_byte without the cache: {:.4}", without_cache.bits_per_byte());
-    println!("val_bits_per_byte: {:.4}", with_cache.bits_per_byte());
+    ));
+    say(format!("val_bits_per_byte without the cache: {:.4}", without_cache.bits_per_byte()));
+    say(format!("val_bits_per_byte: {:.4}", with_cache.bits_per_byte()));
     Ok(())
 }

@@ -1,0 +1,194 @@
+//! Beginning a run and finding one again: its text, its options in `run.json`, its checkpoint.
+
+use std::error::Error;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use transformer_vq::model::{Transformer, write_atomically};
+use transformer_vq::train::{
+    BatchConfig, Batches, Budget, ByteText, Progress, RecentLoss, Schedule, Trainer,
+};
+
+use crate::args::{Args, Sizes};
+
+/// Part of the text that is held out.
+const HELD_OUT: f64 = 0.1;
+
+/// What a run was begun with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// None: the crate's own sources and documentation.
+    pub data: Option<PathBuf>,
+    /// Tells whether the text is still the same.
+    text: Fingerprint,
+    pub seed: u64,
+    pub sizes: Sizes,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Fingerprint {
+    bytes: usize,
+    fnv1a: u64,
+}
+
+impl Fingerprint {
+    fn new(bytes: &[u8]) -> Self {
+        let mix = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        Fingerprint { bytes: bytes.len(), fnv1a: bytes.iter().fold(0xcbf2_9ce4_8422_2325, mix) }
+    }
+}
+
+/// A run, ready to go on.
+pub struct Run {
+    pub folder: PathBuf,
+    pub options: Options,
+    pub text: ByteText,
+    pub training: std::ops::Range<usize>,
+    pub held_out: std::ops::Range<usize>,
+    pub batches: Batches,
+    pub trainer: Trainer,
+    pub progress: Progress,
+}
+
+impl Run {
+    /// A model with random weights, in a folder that is touched only when all else has been checked.
+    pub fn begin(args: &Args, folder: PathBuf) -> Result<Self, Box<dyn Error>> {
+        // Absolute, so that the run can be resumed from elsewhere.
+        let data = args.data.as_ref().map(std::path::absolute).transpose()?;
+        let text = read_text(data.as_deref())?;
+        let seed = args.seed.unwrap_or(1);
+        let sizes = args.sizes.clone();
+        let budget = match (args.steps, args.minutes) {
+            (Some(steps), _) => Budget::Steps(steps),
+            (None, minutes) => Budget::Seconds(60.0 * minutes.unwrap_or(2.0)),
+        };
+        let Sizes { batch_size, sequence_len, update_len, .. } = sizes;
+        let progress = Progress {
+            batches: BatchConfig { batch_size, sequence_len, update_len, seed },
+            position: 0,
+            seconds: 0.0,
+            schedule: Schedule::new(sizes.warmup, 0.1)?,
+            budget,
+            recent: RecentLoss::default(),
+        };
+        progress.validate()?;
+        let config = sizes.model();
+        config.validate()?;
+        // Weights, their gradients and two moments: better refused here than in the middle of it.
+        let bytes = usize::try_from(4 * size_of::<f32>() as u128 * config.n_parameters());
+        if bytes.map_or(true, |bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
+            return Err(format!("{} parameters do not fit into memory", config.n_parameters()).into());
+        }
+        let options = Options { data, text: Fingerprint::new(text.as_bytes()), seed, sizes };
+        let optimizer = options.sizes.optimizer();
+        optimizer.validate()?;
+        let (training, held_out, batches) = cut(&text, &progress)?;
+        let mut trainer = Trainer::new(Transformer::new(config, seed)?, optimizer)?;
+
+        fs::create_dir_all(&folder).map_err(|e| format!("cannot create {}: {e}", folder.display()))?;
+        // The checkpoint of an earlier run goes first, so that it is never taken for one of this run.
+        for name in ["checkpoint.json", "log.csv", "curves.svg"] {
+            match fs::remove_file(folder.join(name)) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(format!("cannot remove {}: {e}", folder.join(name).display()).into());
+                }
+                _ => {}
+            }
+        }
+        write_atomically(folder.join("run.json"), |out| {
+            serde_json::to_writer_pretty(&mut *out, &options)?;
+            out.write_all(b"\n")
+        })?;
+        trainer.save(&folder, &progress)?;
+        Ok(Run { folder, options, text, training, held_out, batches, trainer, progress })
+    }
+
+    /// The run in this folder, where its last checkpoint was written.
+    pub fn resume(folder: PathBuf) -> Result<Self, Box<dyn Error>> {
+        let path = folder.join("run.json");
+        let json = fs::read(&path)
+            .map_err(|e| format!("no run to resume in {}: run.json: {e}", folder.display()))?;
+        let options: Options =
+            serde_json::from_slice(&json).map_err(|e| format!("{}: {e}", path.display()))?;
+        let (trainer, progress) = Trainer::load(&folder)?;
+        let text = read_text(options.data.as_deref())?;
+        let (then, now) = (&options.text, Fingerprint::new(text.as_bytes()));
+        if *then != now {
+            let name = name(options.data.as_deref());
+            let sizes = format!("{} bytes then, {} now", then.bytes, now.bytes);
+            return Err(format!("{name} changed since the run was begun ({sizes}); begin a new one").into());
+        }
+        let (training, held_out, batches) = cut(&text, &progress)?;
+        Ok(Run { folder, options, text, training, held_out, batches, trainer, progress })
+    }
+
+    /// What is learned, in words.
+    pub fn text_name(&self) -> String {
+        name(self.options.data.as_deref())
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.progress.fraction(self.trainer.steps()) >= 1.0
+    }
+}
+
+fn name(data: Option<&Path>) -> String {
+    data.map_or("this crate's sources and documentation".into(), |path| path.display().to_string())
+}
+
+/// The two parts of the text, and the batches of the first.
+#[allow(clippy::type_complexity)] // three results of one cut
+fn cut(
+    text: &ByteText,
+    progress: &Progress,
+) -> Result<(std::ops::Range<usize>, std::ops::Range<usize>, Batches), Box<dyn Error>> {
+    let (training, held_out) = match text.split(HELD_OUT) {
+        Ok(parts) => parts,
+        Err(_) => return Err(too_short(text.as_bytes().len(), progress)),
+    };
+    if training.len() <= progress.batches.sequence_len {
+        return Err(too_short(text.as_bytes().len(), progress));
+    }
+    let mut batches = Batches::new(text.clone(), training.clone(), progress.batches)?;
+    batches.seek(progress.position);
+    Ok((training, held_out, batches))
+}
+
+fn too_short(bytes: usize, progress: &Progress) -> Box<dyn Error> {
+    let sequence_len = progress.batches.sequence_len;
+    format!("the text is too short: {bytes} bytes, and nine tenths of it must be more than the {sequence_len} of --sequence-len").into()
+}
+
+/// The text to learn. Without a file: README, documentation and sources of this crate, in the order of their names.
+fn read_text(data: Option<&Path>) -> Result<ByteText, Box<dyn Error>> {
+    if let Some(path) = data {
+        return Ok(ByteText::open(path)?);
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = vec![root.join("README.md")];
+    let mut folders: Vec<PathBuf> =
+        ["src", "docs", "examples", "tests", "benches"].map(|name| root.join(name)).into();
+    files.retain(|file| file.is_file());
+    folders.retain(|folder| folder.is_dir());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).map_err(|e| format!("cannot read {}: {e}", folder.display()))? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "md") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let mut bytes = vec![];
+    for path in files {
+        bytes.extend(fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?);
+    }
+    Ok(ByteText::from_bytes(bytes)
+        .map_err(|_| "this crate's sources are not here: name a text with --data")?)
+}
