@@ -53,6 +53,11 @@ pub fn draw(rows: &[Row]) -> Result<String, Box<dyn Error>> {
     Ok(svg)
 }
 
+/// A number on an axis, without zeros that say nothing.
+fn label(x: &f64) -> String {
+    format!("{x:.3}").trim_end_matches('0').trim_end_matches('.').to_string()
+}
+
 /// A title with the legend beside it, where no curve comes, and the curves below.
 fn chart(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
@@ -63,7 +68,8 @@ fn chart(
 ) -> Result<(), Box<dyn Error>> {
     let (head, body) = area.split_vertically(38);
     head.draw(&Text::new(title.to_string(), (62, 14), (FONT, 18).into_font().style(FontStyle::Bold)))?;
-    let color = |i: usize| COLORS[i % COLORS.len()];
+    // Paler each time round.
+    let color = |i: usize| COLORS[i % COLORS.len()].mix(0.5f64.powi((i / COLORS.len()) as i32));
     // Entries as wide as their names, or narrower if there are many.
     let longest = curves.iter().map(|(name, _)| name.len() as i32).max().unwrap_or(0);
     let width = (longest * 9 + 44).min(470 / curves.len().max(1) as i32);
@@ -93,6 +99,8 @@ fn chart(
         .x_desc(x_desc)
         .x_labels(10)
         .y_labels(8)
+        .x_label_formatter(&label)
+        .y_label_formatter(&label)
         .label_style((FONT, 14))
         .axis_desc_style((FONT, 14))
         .draw()?;
