@@ -129,6 +129,10 @@ fn stopped_and_resumed_is_never_stopped() {
             format!("stopped after {stop} of 44 steps; continue with: --resume {out}")
         );
         success(&place.resume(&out, "--stop-after 14"));
+        if stop == 5 {
+            // Killed between a row and its checkpoint: the log is ahead.
+            fs::copy(place.path("whole/log.csv"), place.path("stopped5/log.csv")).unwrap();
+        }
         let second = success(&place.resume(&out, ""));
         assert_eq!(last_line(&second), last_line(&whole));
         assert!(tensors(&place.path(&out)) == tensors(&place.path("whole")), "stopped after {stop}");
