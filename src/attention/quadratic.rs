@@ -145,7 +145,10 @@ pub fn forward<T: Scalar>(
     Ok((out, lse))
 }
 
-/// Gradients of `sum(d_out * out)` with respect to q [T, K], k [T, K] and v [T, V].
+/// d_q [T, K], d_k [T, K], d_v [T, V].
+pub type Gradients<T> = (Array2<T>, Array2<T>, Array2<T>);
+
+/// Gradients of `sum(d_out * out)` with respect to q, k and v.
 ///
 /// ```text
 /// (3)  dp_ij = dO_i . v_j               dv_j = sum_{i>=j} p_ij dO_i
@@ -165,7 +168,7 @@ pub fn backward<T: Scalar>(
     out: ArrayView2<'_, T>,
     lse: ArrayView1<'_, T>,
     d_out: ArrayView2<'_, T>,
-) -> Result<(Array2<T>, Array2<T>, Array2<T>), Error> {
+) -> Result<Gradients<T>, Error> {
     check_inputs(q, k, v)?;
     let t = q.nrows();
     check_shape("out", v.shape(), out.shape())?;
