@@ -15,7 +15,8 @@ use transformer_vq::train::Trainer;
 const SIZES: &str = "--d-model 8 --n-layers 2 --d-k 4 --d-v 8 --n-codes 6 --block-len 8 --window 8 --batch-size 2 \
                      --sequence-len 96 --update-len 32";
 
-/// The program of an example, which cargo has built beside this test; if it has not, it is told to.
+/// The program of an example, which `cargo test` has built beside this test; if it has not, it is told to. (With `--test
+/// train_lm` alone cargo does not build examples anew.)
 fn example(name: &str) -> PathBuf {
     static BUILD: Once = Once::new();
     let test = std::env::current_exe().unwrap();
