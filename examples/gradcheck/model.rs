@@ -122,6 +122,9 @@ struct Head {
     relative: Array2<f64>,
 }
 
+/// Attention of one head: unit, sequence, head and its arrays give [T, V].
+type Attend<'a> = dyn FnMut(&Surrogate<'_>, usize, usize, usize, &Head) -> Array2<f64> + 'a;
+
 impl<'a> Surrogate<'a> {
     fn new(
         model: &'a Transformer<f64>,
@@ -207,12 +210,8 @@ impl<'a> Surrogate<'a> {
         Array2::from_shape_fn(frozen.keys.raw_dim(), |(j, k)| codewords[[frozen.codes[j] as usize, k]])
     }
 
-    /// The model as SPEC sections 5 and 6 write it, attention left to `attend(unit, sequence, head)`; returns the total loss.
-    fn run(
-        &self,
-        parameters: &Parameters<f64>,
-        attend: &mut dyn FnMut(&Self, usize, usize, usize, &Head) -> Array2<f64>,
-    ) -> f64 {
+    /// The model by its formulas, attention left to `attend(unit, sequence, head)`; returns the total loss.
+    fn run(&self, parameters: &Parameters<f64>, attend: &mut Attend<'_>) -> f64 {
         let ModelConfig { d_model, n_heads, d_k, d_v, position_lambda, .. } = *self.config;
         let (b, t) = self.piece.dim();
         let scale = (d_k as f64).powf(-0.25);

@@ -93,7 +93,7 @@ pub struct Sizes {
     #[arg(long, default_value_t = 1024)]
     pub sequence_len: usize,
     /// Tokens of each sequence that one step takes; state is carried between steps
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 256)]
     pub update_len: usize,
     /// Largest learning rate
     #[arg(long, default_value_t = 3e-3)]

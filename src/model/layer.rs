@@ -110,6 +110,7 @@ pub(super) struct Layer<'a, T> {
 
 impl<T: Scalar> Layer<'_, T> {
     /// The unit's output and what its attention reports. `x` [B T, D]; `states` [B, H] move on; `mask` [B, T].
+    #[allow(clippy::type_complexity)] // three results of one pass
     pub fn forward(
         &self,
         x: Array2<T>,
