@@ -51,8 +51,8 @@ fn impossible_configurations_are_told_apart() {
             check(config, "Invalid", what);
         }
     }
-    type Spoil = fn(&mut ModelConfig, f64);
-    let floats: [(&str, Spoil, &[f64]); 4] = [
+    type SpoilFloat = fn(&mut ModelConfig, f64);
+    let floats: [(&str, SpoilFloat, &[f64]); 4] = [
         ("logit_scale", |c, x| c.logit_scale = x, &[]),
         ("position_lambda", |c, x| c.position_lambda = x, &[0.0, -1.0, 0.5]),
         ("commit_weight", |c, x| c.commit_weight = x, &[-1e-9]),
