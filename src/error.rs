@@ -126,6 +126,13 @@ pub(crate) fn checked_len(what: &'static str, shape: &[usize]) -> Result<usize, 
     }
 }
 
+/// Checks that the system would give the memory for an array of this shape: an allocation that fails ends the process.
+pub(crate) fn check_memory<T>(what: &'static str, shape: &[usize]) -> Result<(), Error> {
+    let len = checked_len(what, shape)?;
+    // Asked for, and given back untouched.
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| Error::TooLarge { what, shape: shape.to_vec() })
+}
+
 /// Checks that every element is finite and names the first that is not.
 pub(crate) fn check_finite<T: crate::Scalar, D: Dimension>(
     what: &'static str,

@@ -46,7 +46,7 @@ fn model_comes_back<T: Scalar>(config: ModelConfig) {
         |model: &Transformer<T>| model.push(tokens.view(), &mut model.new_state(1).unwrap()).unwrap();
     assert_eq!(logits(&loaded), logits(trainer.model()));
     // Also the sign of a zero.
-    loaded.parameters_mut().output_bias.fill(-T::zero());
+    loaded.parameters_mut().last_mut().unwrap().value.fill(-T::zero()); // the output's bias
     loaded.save(&path).unwrap();
     let bias = Transformer::<T>::load(&path).unwrap().parameters().output_bias.clone();
     assert!(bias.iter().all(|x| x.is_sign_negative()));
@@ -138,7 +138,9 @@ fn what_could_not_be_loaded_does_not_replace_what_can() {
     let (folder, trainer, progress) = saved::<f32>();
     let before = files(folder.path());
     let mut model = trainer.model().clone();
-    model.parameters_mut().layers[1].w_v[[2, 3]] = f32::NAN;
+    let mut parameters = model.parameters_mut();
+    parameters.iter_mut().find(|p| p.name == "layers.1.w_v").unwrap().value[[2, 3].as_ref()] = f32::NAN;
+    drop(parameters);
     let expected = Error::Invalid {
         what: "checkpoint",
         expected: "of finite numbers".into(),

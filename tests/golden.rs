@@ -211,7 +211,7 @@ fn compare_update<T: Scalar>(
     let logits = model.push(tokens, &mut state.clone()).unwrap();
     let shape = logits.dim();
     let logits = logits.into_shape_with_order((shape.0 * shape.1, shape.2)).unwrap();
-    let logprobs = cross_entropy::log_softmax(logits.view()).into_shape_with_order(shape).unwrap();
+    let logprobs = cross_entropy::log_softmax(logits.view()).unwrap().into_shape_with_order(shape).unwrap();
     golden.compare(&format!("u{n}.logprobs"), logprobs.view().into_dyn(), outputs);
 
     let result = model.loss_and_gradients(tokens, targets, None, state).unwrap();

@@ -149,7 +149,9 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
         let mut d_codewords = Array3::<f64>::zeros(codewords.raw_dim());
         let mut d_biases = gradients.biases.clone();
         if let Some(d) = &mut d_biases {
-            (d.content.fill(0.0), d.position.fill(0.0), d.relative.fill(0.0));
+            d.content.fill(0.0);
+            d.position.fill(0.0);
+            d.relative.fill(0.0);
         }
         for (b, h) in ndarray::indices((B, H)) {
             let inputs = Inputs {
@@ -179,7 +181,8 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
             sum += &d.codewords;
             if let (Some(sums), Some(d)) = (&mut d_biases, d.biases) {
                 let (mut u, mut w) = (sums.content.row_mut(h), sums.position.row_mut(h));
-                (u += &d.content, w += &d.position);
+                u += &d.content;
+                w += &d.position;
                 let mut r = sums.relative.index_axis_mut(Axis(0), h);
                 r += &d.relative;
             }

@@ -82,7 +82,7 @@ fn a_poisoned_parameter_is_a_divergence_that_changes_nothing() {
         (0..n_arrays).flat_map(|i| [f32::NAN, f32::INFINITY, f32::MAX, -1e25].map(|x| (i, x)))
     {
         let mut model = trained.model().clone();
-        let (mut views, mut name) = (model.parameters_mut().views_mut(), String::new());
+        let (mut views, mut name) = (model.parameters_mut(), String::new());
         for p in &mut views[array..=array] {
             name.clone_from(&p.name);
             p.value.fill(poison);

@@ -275,7 +275,7 @@ impl<'a> Surrogate<'a> {
             let x = parameters.final_norm.as_ref().map_or(x.clone(), |norm| normalize(x, norm));
             let output = parameters.output.as_ref().map_or(parameters.embedding.t(), |output| output.view());
             let logits = (x.dot(&output) + &parameters.output_bias) * self.config.logit_scale;
-            let log_probabilities = cross_entropy::log_softmax(logits.view());
+            let log_probabilities = cross_entropy::log_softmax(logits.view()).unwrap();
             for i in (0..t).filter(|&i| counts(sequence, i)) {
                 loss -= log_probabilities[[i, self.targets[[sequence, i]] as usize]] / counted;
             }

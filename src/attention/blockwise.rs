@@ -182,37 +182,42 @@ pub fn backward<T: Scalar>(
     check_shape("saved.lse", &[inputs.q.nrows()], saved.lse.shape())?;
     check_shape("d_out", inputs.v.shape(), d_out.shape())?;
     check_finite("d_out", d_out)?;
+    let (mut d_q, mut d_k_hat) = (Array2::zeros(inputs.q.raw_dim()), Array2::zeros(inputs.q.raw_dim()));
     let mut d_v = Array2::zeros(inputs.v.raw_dim());
-    let mut gradients = run_backward(attention, inputs, saved, d_out, d_v.view_mut());
-    gradients.v = d_v;
-    Ok(gradients)
+    let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
+    let (codewords, biases) = run_backward(attention, inputs, saved, d_out, rows);
+    Ok(Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
 }
 
-/// [`backward`] on checked input. The gradient of the values goes into `d_v`, which must hold zeros, and not into the result.
+/// Where the gradients of rows go; all must hold zeros.
+#[derive(Debug)]
+pub(super) struct RowGradients<'a, T> {
+    pub q: ArrayViewMut2<'a, T>,
+    pub k_hat: ArrayViewMut2<'a, T>,
+    pub v: ArrayViewMut2<'a, T>,
+}
+
+/// [`backward`] on checked input; returns the gradients of the codewords and of the biases.
 pub(super) fn run_backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     saved: Saved<T>,
     d_out: ArrayView2<'_, T>,
-    mut d_v: ArrayViewMut2<'_, T>,
-) -> Gradients<T> {
+    rows: RowGradients<'_, T>,
+) -> (Array2<T>, Option<BiasGradients<T>>) {
     let (t, k) = inputs.q.dim();
+    let RowGradients { q: mut d_q_all, k_hat: mut d_k_hat, v: mut d_v } = rows;
     let codes = inputs.codes.to_vec();
     let window = saved.start.window_keys();
     let mut cache = saved.start.cache;
     let mut scores = Scores::new(attention, inputs, window.codes.len());
     let mut d_scores = ScoreGradients::new(&scores);
-    let mut gradients = Gradients {
-        q: Array2::zeros((t, k)),
-        k_hat: Array2::zeros((t, k)),
-        v: Array2::zeros((0, 0)),
-        codewords: Array2::zeros(inputs.codewords.raw_dim()),
-        biases: inputs.biases.as_ref().map(|biases| BiasGradients {
-            content: Array1::zeros(k),
-            position: Array1::zeros(k),
-            relative: Array2::zeros(biases.relative.raw_dim()),
-        }),
-    };
+    let mut d_codewords = Array2::zeros(inputs.codewords.raw_dim());
+    let mut d_biases = inputs.biases.as_ref().map(|biases| BiasGradients {
+        content: Array1::zeros(k),
+        position: Array1::zeros(k),
+        relative: Array2::zeros(biases.relative.raw_dim()),
+    });
     let mut past = Past { window: &window, codes: &codes, v: inputs.v, entered: 0 };
     for block in Block::all(attention, t, window.codes.len()) {
         past.enter(&block, &mut cache);
@@ -260,19 +265,19 @@ pub(super) fn run_backward<T: Scalar>(
         add_product(
             d_recent.slice(s![first_row.., ..]),
             q_content,
-            gradients.k_hat.slice_mut(s![reached..block.keys().end, ..]),
+            d_k_hat.slice_mut(s![reached..block.keys().end, ..]),
         );
         if attention.cache {
             let d_content = d_scores.content.slice(s![.., ..block.len]);
-            add_product(d_content, q_content, gradients.codewords.view_mut());
+            add_product(d_content, q_content, d_codewords.view_mut());
         } else {
             d_scores.content.fill(T::zero());
         }
         d_scores.scatter(&block, &codes);
         add_product(d_scores.content.slice(s![.., ..block.len]).t(), inputs.codewords, d_q.view_mut());
-        let mut d_q_rows = gradients.q.slice_mut(s![block.queries(), ..]);
+        let mut d_q_rows = d_q_all.slice_mut(s![block.queries(), ..]);
         d_q_rows.assign(&d_q);
-        if let (Some(biases), Some(d_biases)) = (&inputs.biases, &mut gradients.biases) {
+        if let (Some(biases), Some(d_biases)) = (&inputs.biases, &mut d_biases) {
             d_biases.content += &d_q.sum_axis(Axis(0));
             let d_bias = d_scores.bias(&block);
             product(d_bias, biases.relative, d_q.view_mut());
@@ -285,7 +290,7 @@ pub(super) fn run_backward<T: Scalar>(
         let held = window.codes.len();
         cached_values(attention, inputs, &codes, &saved.lse, held, cache, d_out, &mut scores, d_v);
     }
-    gradients
+    (d_codewords, d_biases)
 }
 
 /// (4): what later queries send to values that they read through the cache. `cache` is as the last block saw it.

@@ -9,18 +9,19 @@
 //! (4)  statistics of each code's keys                for the codebook to learn from
 //! ```
 //!
-//! Arrays are [B, H, T, width] views of any strides. An array [B, T, H, width] is passed without a copy as
-//! `array.view().permuted_axes([0, 2, 1, 3])`; outputs and gradients are laid out that way in memory, so that
-//! `permuted_axes([0, 2, 1, 3])` and a reshape give [B, T, H width].
+//! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
+//! and outputs and gradients, laid out that way in memory, go back by the same call.
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::blockwise::{self, RowStatistics, Saved};
+use super::blockwise::{self, RowGradients, RowStatistics, Saved};
+use super::state::state_len;
 use super::{AttentionState, Biases, Inputs, VqAttention, stream};
-use crate::codebook::assign::{Table, assign_into};
+use crate::codebook::assign::assign_into;
+use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator, commitment};
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_finite, check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// What attention over batch and heads takes.
@@ -115,8 +116,9 @@ impl VqAttention {
         d_v: usize,
     ) -> Result<Array2<AttentionState<T>>, Error> {
         self.validate()?;
-        let widest = d_v.max(codebook.d_k()).max(size_of::<AttentionState<T>>());
-        checked_len("states", &[batch, codebook.n_heads(), codebook.n_codes().max(self.window), widest])?;
+        let state_len = state_len(codebook.n_codes(), codebook.d_k(), d_v, self.window);
+        let own = size_of::<AttentionState<T>>();
+        check_memory::<T>("states", &[batch, codebook.n_heads(), state_len.saturating_add(own)])?;
         let state = AttentionState::new(codebook.n_codes(), codebook.d_k(), d_v, self.window)?;
         Ok(Array2::from_elem((batch, codebook.n_heads()), state))
     }
@@ -236,17 +238,16 @@ impl VqAttention {
             .collect::<Vec<_>>()
             .into_par_iter()
             .enumerate()
-            .map(|(n, (saved, ((mut d_q, mut d_k), d_v)))| {
+            .map(|(n, (saved, ((d_q, mut d_k), d_v)))| {
                 let head = inputs.head(n / h, n % h, &codes, &codewords);
                 let d_out = d_out.slice(s![n / h, n % h, .., ..]);
-                let head_gradients = blockwise::run_backward(self, &head, saved, d_out, d_v); // (2)
-                d_q.assign(&head_gradients.q);
-                d_k.assign(&head_gradients.k_hat);
+                let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
+                let (codewords, biases) = blockwise::run_backward(self, &head, saved, d_out, rows); // (2)
                 let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
                 estimator.backward(keys, head.codes, head.codewords, d_k.view_mut()); // (1)
                 let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
                 commitment::add_gradient(keys, head.codes, head.codewords, mask, commit_scale, d_k); // (3)
-                (head_gradients.codewords, head_gradients.biases)
+                (codewords, biases)
             })
             .collect();
         for (n, (d_codewords, d_biases)) in of_heads.into_iter().enumerate() {

@@ -41,6 +41,7 @@ mod block;
 pub mod blockwise;
 mod cache;
 mod heads;
+mod kernels;
 pub mod naive;
 pub mod quadratic;
 mod state;

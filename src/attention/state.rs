@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 
 use super::CompressiveCache;
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_finite, check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// Position, compressive cache, and the last M keys and values of one head.
@@ -31,14 +31,20 @@ pub struct WindowKeys<T> {
     pub v: Array2<T>,
 }
 
+/// About how many numbers a state of these sizes holds; as large as can be where that overflows.
+pub(super) fn state_len(n_codes: usize, d_k: usize, d_v: usize, window: usize) -> usize {
+    let cache = n_codes.saturating_mul(d_v.saturating_mul(2).saturating_add(2));
+    let window = window.saturating_mul(d_k.saturating_add(d_v).saturating_add(1));
+    cache.saturating_add(window)
+}
+
 impl<T: Scalar> AttentionState<T> {
     /// The state before the first token.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if such a state does not fit the address space.
+    /// [`Error::TooLarge`] if there is no memory for such a state.
     pub fn new(n_codes: usize, d_k: usize, d_v: usize, window: usize) -> Result<Self, Error> {
-        checked_len("state", &[n_codes, d_v])?;
-        checked_len("state", &[window, d_k.max(d_v)])?;
+        check_memory::<T>("state", &[state_len(n_codes, d_k, d_v, window)])?;
         Ok(AttentionState {
             position: 0,
             cache: CompressiveCache::new(n_codes, d_v),

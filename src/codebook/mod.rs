@@ -52,6 +52,7 @@ pub mod assign;
 pub mod commitment;
 mod ema;
 pub(crate) mod estimator;
+pub(crate) mod packed;
 mod stats;
 
 pub use assign::{assign, assign_naive};

@@ -119,13 +119,22 @@ impl ModelConfig {
 
     /// Learned numbers of such a model, without its codebooks.
     pub fn n_parameters(&self) -> u128 {
-        let [vocab, d, h, k, v, n] =
-            [self.vocab_size, self.d_model, self.n_heads, self.d_k, self.d_v, self.n_layers]
-                .map(|n| n as u128);
-        let unit = 2 * d + 3 * d * h * k + 3 * d * h * v + 2 * h * k;
-        let output = vocab + if self.tied_embedding { 0 } else { vocab * d };
-        let norm = if self.final_norm { 2 * d } else { 0 };
-        vocab * d + u128::from(self.absolute_positions) + n * unit + norm + output
+        // Sizes of an invalid configuration may have no product: the sum is then as large as can be.
+        let size =
+            |sizes: &[usize]| sizes.iter().fold(1u128, |product, &n| product.saturating_mul(n as u128));
+        let (d, h, n, vocab) = (self.d_model, self.n_heads, self.n_layers, self.vocab_size);
+        let parts = [
+            size(&[vocab, d]),
+            u128::from(self.absolute_positions),
+            size(&[n, 2, d]),
+            size(&[n, 3, d, h, self.d_k]),
+            size(&[n, 3, d, h, self.d_v]),
+            size(&[n, 2, h, self.d_k]),
+            if self.final_norm { size(&[2, d]) } else { 0 },
+            if self.tied_embedding { 0 } else { size(&[d, vocab]) },
+            size(&[vocab]),
+        ];
+        parts.into_iter().fold(0, u128::saturating_add)
     }
 
     /// K^(-1/4): the factor on queries, keys and relative biases.

@@ -17,7 +17,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 use super::ModelConfig;
 use super::parameters::{LayerParameters, NormParameters};
 use crate::attention::{AttentionState, BatchBiases, BatchInputs, BatchOutput, BatchSaved};
-use crate::codebook::assign::Table;
+use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::ops::matmul::add_product;
 use crate::ops::{linear, rms_norm, silu};
@@ -230,7 +230,7 @@ impl<T: Scalar> Layer<'_, T> {
         let (n_heads, scale) = (self.config.n_heads, self.scale());
         let (q, q_norm) = rms_norm::forward(projected.q.view(), n_heads, scale)?;
         let (k, k_norm) = rms_norm::forward(projected.k.view(), n_heads, scale)?;
-        Ok(Activated { q, q_norm, k, k_norm, v: silu::forward(projected.v.view()) })
+        Ok(Activated { q, q_norm, k, k_norm, v: silu::forward(projected.v.view())? })
     }
 
     fn attention_inputs<'s>(

@@ -5,7 +5,8 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use super::ModelConfig;
-use crate::Scalar;
+use crate::error::check_shape;
+use crate::{Error, Scalar};
 
 /// Everything that the optimizer moves. Codebooks are not among it: they learn by moving averages.
 #[derive(Debug, Clone, PartialEq)]
@@ -120,7 +121,7 @@ pub(super) fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
 
 impl<T: Scalar> Parameters<T> {
     /// The arrays of a valid configuration, all zero: gradients before backward, moments before the first step.
-    pub fn zeros(config: &ModelConfig) -> Self {
+    pub(crate) fn zeros(config: &ModelConfig) -> Self {
         let ModelConfig { vocab_size, d_model, n_layers, n_heads, d_k, d_v, .. } = *config;
         let norm = || NormParameters { gain: Array1::zeros(d_model), bias: Array1::zeros(d_model) };
         let layer = || LayerParameters {
@@ -204,6 +205,14 @@ impl<T: Scalar> Parameters<T> {
         described.into_iter().zip(values).map(name).collect()
     }
 
+    /// Checks that `other` has arrays of the same shapes.
+    pub(super) fn check_like(&self, what: &'static str, other: &Self) -> Result<(), Error> {
+        let (mine, theirs) = (self.views(), other.views());
+        check_shape(what, &[mine.len()], &[theirs.len()])?;
+        let mut pairs = mine.iter().zip(&theirs);
+        pairs.try_for_each(|(mine, theirs)| check_shape(what, mine.value.shape(), theirs.value.shape()))
+    }
+
     /// Numbers in all arrays.
     pub fn len(&self) -> usize {
         self.views().iter().map(|p| p.value.len()).sum()
@@ -215,7 +224,7 @@ impl<T: Scalar> Parameters<T> {
     }
 
     /// The same numbers in another precision.
-    pub fn cast<U: Scalar>(&self, config: &ModelConfig) -> Parameters<U> {
+    pub(super) fn cast<U: Scalar>(&self, config: &ModelConfig) -> Parameters<U> {
         let mut cast = Parameters::zeros(config);
         for (mut to, from) in cast.views_mut().into_iter().zip(self.views()) {
             to.value.zip_mut_with(&from.value, |to, from| *to = U::from_f64(from.as_f64()));

@@ -1,11 +1,9 @@
-//! The language model: embedding, a stack of gated units, logits, loss; forward and backward.
+//! The language model: embedding, a stack of gated units, logits; forward and backward. Losses are in `loss`.
 //!
 //! ```text
 //! (1)  x = E[tokens] (+ position_scale * sinusoid(position))
 //! (2)  x = unit(x), n_layers times                        see `layer`
 //! (3)  logits = logit_scale * (RMSNorm(x) W + b)          the norm is optional; W is E^T if tied
-//! (4)  loss = mean over positions that count of -log softmax(logits)[target]
-//! (5)  total = loss + commit_weight * sum over units of their commitment loss
 //! ```
 //!
 //! Source: Transformer-VQ (Lingle, arXiv 2309.16354).
@@ -15,11 +13,11 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::layer::{self, Layer, LayerReport};
-use super::parameters::{NormParameters, Parameters, standard_normal};
+use super::parameters::{NormParameters, ParameterMut, Parameters, standard_normal};
 use super::{ModelConfig, ModelState, Prepared};
 use crate::codebook::{CodeStats, Codebook, Ema};
-use crate::error::check_shape;
-use crate::ops::{cross_entropy, embedding, linear, positions, rms_norm};
+use crate::error::{check_finite, check_shape};
+use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
 
 /// A language model with linear-time attention.
@@ -48,27 +46,13 @@ pub struct Transformer<T = f32> {
 /// What backward needs of forward.
 #[derive(Debug, Clone)]
 pub struct Saved<T> {
+    config: ModelConfig,
     tokens: Array2<u32>,
     mask: Option<Array2<bool>>,
     start: u64,
     layers: Vec<layer::Saved<T>>,
     x: Array2<T>,
     final_norm: Option<rms_norm::Saved<T>>,
-}
-
-/// The losses of a batch, their gradients, and what every unit reports.
-#[derive(Debug, Clone)]
-pub struct LossAndGradients<T> {
-    /// (4), nats per token.
-    pub loss: f64,
-    /// Commitment loss, summed over units, without its weight.
-    pub commit_loss: f64,
-    /// (5).
-    pub total: f64,
-    /// Of (5).
-    pub gradients: Parameters<T>,
-    /// One per unit.
-    pub layers: Vec<LayerReport<T>>,
 }
 
 impl Transformer<f32> {
@@ -94,7 +78,7 @@ impl<T: Scalar> Transformer<T> {
     /// A model from its parts.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming the first array that does not belong to the configuration, and what
+    /// [`Error::Shape`] for an array that does not belong to the configuration, [`Error::NotFinite`], and what
     /// [`ModelConfig::validate`] says.
     pub fn from_parts(
         config: ModelConfig,
@@ -102,11 +86,8 @@ impl<T: Scalar> Transformer<T> {
         codebooks: Vec<Codebook<T>>,
     ) -> Result<Self, Error> {
         config.validate()?;
-        let expected = Parameters::<T>::zeros(&config);
-        check_shape("parameters", &[expected.views().len()], &[parameters.views().len()])?;
-        for (expected, got) in expected.views().into_iter().zip(parameters.views()) {
-            check_shape("parameters", expected.value.shape(), got.value.shape())?;
-        }
+        Parameters::zeros(&config).check_like("parameters", &parameters)?;
+        parameters.views().iter().try_for_each(|p| check_finite("parameters", p.value.view()))?;
         check_shape("codebooks", &[config.n_layers], &[codebooks.len()])?;
         for codebook in &codebooks {
             let got = [codebook.n_heads(), codebook.n_codes(), codebook.d_k()];
@@ -134,9 +115,14 @@ impl<T: Scalar> Transformer<T> {
         &self.parameters
     }
 
-    /// What the optimizer moves, to be moved. Shapes must stay as they are.
-    pub fn parameters_mut(&mut self) -> &mut Parameters<T> {
-        &mut self.parameters
+    /// What the optimizer moves, to be moved, in the order of [`Parameters::views`].
+    pub fn parameters_mut(&mut self) -> Vec<ParameterMut<'_, T>> {
+        self.parameters.views_mut()
+    }
+
+    /// Arrays like the parameters, all zero: for gradients to be added to.
+    pub fn zero_gradients(&self) -> Parameters<T> {
+        Parameters::zeros(&self.config)
     }
 
     /// One per unit.
@@ -193,6 +179,7 @@ impl<T: Scalar> Transformer<T> {
         let (normed, final_norm) = self.normalize(&x)?;
         let logits = self.logits(&normed, tokens.dim())?; // (3)
         let saved = Saved {
+            config: self.config.clone(),
             tokens: tokens.to_owned(),
             mask: mask.map(|mask| mask.to_owned()),
             start,
@@ -209,14 +196,19 @@ impl<T: Scalar> Transformer<T> {
     /// `d_logits` [B, T, vocab].
     ///
     /// # Errors
-    /// [`Error::Shape`].
+    /// [`Error::Shape`], and [`Error::Invalid`] if `saved` comes from a model of another configuration. Then nothing has
+    /// been added.
     pub fn backward(
         &self,
         saved: Saved<T>,
         d_logits: Array3<T>,
         gradients: &mut Parameters<T>,
     ) -> Result<(), Error> {
-        let Saved { tokens, mask, start, layers, x, final_norm } = saved;
+        let Saved { config, tokens, mask, start, layers, x, final_norm } = saved;
+        if config != self.config {
+            return Err(Error::invalid("saved", "from this model's forward", format!("{config:?}")));
+        }
+        self.parameters.check_like("gradients", gradients)?;
         let (b, t) = tokens.dim();
         check_shape("d_logits", &[b, t, self.config.vocab_size], d_logits.shape())?;
         // (3)
@@ -252,43 +244,6 @@ impl<T: Scalar> Transformer<T> {
         embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
     }
 
-    /// Losses of a batch and all gradients; `state` moves from before the piece to after it.
-    ///
-    /// Codebooks do not move: see [`update_codebooks`](Self::update_codebooks).
-    ///
-    /// # Shapes
-    /// `tokens`, `targets` and `mask` [B, T]; a position counts where the mask is true, without one all do.
-    ///
-    /// # Errors
-    /// Shapes that do not fit, tokens or targets outside the vocabulary, no token at all. The state is then as it was.
-    pub fn loss_and_gradients(
-        &self,
-        tokens: ArrayView2<'_, u32>,
-        targets: ArrayView2<'_, u32>,
-        mask: Option<ArrayView2<'_, bool>>,
-        state: &mut ModelState<T>,
-    ) -> Result<LossAndGradients<T>, Error> {
-        if tokens.is_empty() {
-            return Err(Error::Empty { what: "tokens" });
-        }
-        check_shape("targets", tokens.shape(), targets.shape())?;
-        check_tokens("targets", targets, mask.as_ref(), self.config.vocab_size)?;
-        let (logits, layers, saved) = self.forward(tokens, mask, state)?;
-        let (b, t, vocab) = logits.dim();
-        let logits = logits.into_shape_with_order((b * t, vocab)).expect("contiguous");
-        let counted = mask.map(|mask| flat(&mask.to_owned()));
-        let counted = counted.as_ref().map(|mask| mask.view());
-        let (loss, d_logits) =
-            cross_entropy::forward_backward(logits.view(), flat(&targets.to_owned()).view(), counted)?; // (4)
-        drop(logits);
-        let mut gradients = Parameters::zeros(&self.config);
-        let d_logits = d_logits.into_shape_with_order((b, t, vocab)).expect("contiguous");
-        self.backward(saved, d_logits, &mut gradients)?;
-        let commit_loss = layers.iter().map(|layer| layer.commit_loss).sum();
-        let total = loss + self.config.commit_weight * commit_loss; // (5)
-        Ok(LossAndGradients { loss, commit_loss, total, gradients, layers })
-    }
-
     /// The model made ready to infer: see [`Prepared`].
     ///
     /// # Errors
@@ -313,10 +268,14 @@ impl<T: Scalar> Transformer<T> {
     /// Lets every codebook learn from the statistics of one step: its micro-batches merged, one per unit.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::NotFinite`].
+    /// [`Error::Shape`], [`Error::NotFinite`]. Then no codebook has moved.
     pub fn update_codebooks(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
         check_shape("stats", &[self.codebooks.len()], &[stats.len()])?;
-        self.codebooks.iter_mut().zip(stats).try_for_each(|(codebook, stats)| codebook.update(stats))
+        // All or none.
+        let mut updated = self.codebooks.clone();
+        updated.iter_mut().zip(stats).try_for_each(|(codebook, stats)| codebook.update(stats))?;
+        self.codebooks = updated;
+        Ok(())
     }
 
     /// Sinusoids of the distances 0, 1, ..., M [M+1, D].
@@ -394,12 +353,12 @@ impl<T: Scalar> Transformer<T> {
 }
 
 /// [B, T] in one row, sequence after sequence.
-fn flat<E: Clone>(array: &Array2<E>) -> ndarray::Array1<E> {
+pub(super) fn flat<E: Clone>(array: &Array2<E>) -> ndarray::Array1<E> {
     array.iter().cloned().collect()
 }
 
 /// Checks that the tokens which count are below the size of the vocabulary.
-fn check_tokens(
+pub(super) fn check_tokens(
     what: &'static str,
     tokens: ArrayView2<'_, u32>,
     mask: Option<&ArrayView2<'_, bool>>,

@@ -106,10 +106,13 @@ fn log_probability_in_row<T: Scalar>(x: &[T], target: usize) -> f64 {
 ///
 /// # Shapes
 /// `logits` and the result [N, vocab].
-pub fn log_softmax<T: Scalar>(logits: ArrayView2<'_, T>) -> Array2<T> {
-    let mut log_p = Array2::zeros(logits.dim());
+///
+/// # Errors
+/// `TooLarge` for a broadcast view that no array could hold.
+pub fn log_softmax<T: Scalar>(logits: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
+    let mut log_p = rows::zeros("log_p", logits.dim())?;
     rows::map(logits.dim(), [logits], [&mut log_p], |_, [x], [y]| on_best_simd!(log_softmax_row(x, y)));
-    log_p
+    Ok(log_p)
 }
 
 #[inline(always)]
@@ -212,7 +215,7 @@ mod tests {
             let x = numbers(dim);
             let (targets, mask) = targets_and_mask(dim);
             let log_p = naive_log_softmax(&x);
-            assert!(relative_rms(&log_softmax(x.view()), &log_p) < 1e-15);
+            assert!(relative_rms(&log_softmax(x.view()).unwrap(), &log_p) < 1e-15);
             let of_targets = Array1::from_shape_fn(dim.0, |i| log_p[[i, targets[i] as usize]]);
             assert!(relative_rms(&log_probabilities(x.view(), targets.view()).unwrap(), &of_targets) < 1e-15);
             for (mask, view) in [(Array1::from_elem(dim.0, true), None), (mask.clone(), Some(mask.view()))] {

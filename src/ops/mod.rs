@@ -59,7 +59,7 @@ mod tests {
             affine,
             d_affine,
             sums,
-            silu::forward(x),
+            silu::forward(x).unwrap(),
             silu::backward(x, d_y).unwrap(),
             silu::gate(x, g).unwrap(),
             d_o,
@@ -71,7 +71,7 @@ mod tests {
             d_table,
             loss,
             d_logits,
-            cross_entropy::log_softmax(x),
+            cross_entropy::log_softmax(x).unwrap(),
             positions::sinusoids(7, n, width, 1e5).unwrap(),
         ]
     }

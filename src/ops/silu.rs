@@ -22,10 +22,13 @@ use crate::{Error, Scalar};
 ///
 /// # Shapes
 /// `x` [N, width]; the result has the same.
-pub fn forward<T: Scalar>(x: ArrayView2<'_, T>) -> Array2<T> {
-    let mut y = Array2::zeros(x.dim());
+///
+/// # Errors
+/// `TooLarge` for a broadcast view that no array could hold.
+pub fn forward<T: Scalar>(x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
+    let mut y = rows::zeros("y", x.dim())?;
     rows::map(x.dim(), [x], [&mut y], |_, [x], [y]| on_best_simd!(forward_row(x, y)));
-    y
+    Ok(y)
 }
 
 #[inline(always)]
@@ -152,7 +155,7 @@ mod tests {
             let [o, g, d_y] = [1, 2, 3].map(|seed| numbers(dim, seed));
             let silu_g = g.mapv(naive_silu);
             let slope = g.mapv(naive_derivative);
-            assert!(relative_rms(&forward(g.view()), &silu_g) < 1e-15);
+            assert!(relative_rms(&forward(g.view()).unwrap(), &silu_g) < 1e-15);
             assert!(relative_rms(&backward(g.view(), d_y.view()).unwrap(), &(&d_y * &slope)) < 1e-15);
             assert!(relative_rms(&gate(o.view(), g.view()).unwrap(), &(&o * &silu_g)) < 1e-15);
             let (d_o, d_g) = gate_backward(o.view(), g.view(), d_y.view()).unwrap();
@@ -176,14 +179,14 @@ mod tests {
         let points = || (0..=100_000).map(|i| f64::from(i) / 1e5);
         let worst = points().fold(0.0, |worst: f64, t| {
             let x = (-87.0 + 187.0 * t) as f32;
-            let y = forward(ndarray::arr2(&[[x]]).view())[[0, 0]];
+            let y = forward(ndarray::arr2(&[[x]]).view()).unwrap()[[0, 0]];
             let expected = naive_silu(x.into());
             worst.max(if x == 0.0 { f64::from(y).abs() } else { (f64::from(y) / expected - 1.0).abs() })
         });
         assert!(worst < 7e-7, "f32: {worst:e}");
         let worst = points().fold(0.0, |worst: f64, t| {
             let x = -708.0 + 1400.0 * t;
-            let y = forward(ndarray::arr2(&[[x]]).view())[[0, 0]];
+            let y = forward(ndarray::arr2(&[[x]]).view()).unwrap()[[0, 0]];
             worst.max(if x == 0.0 { y.abs() } else { (y / naive_silu(x) - 1.0).abs() })
         });
         assert!(worst < 2e-15, "f64: {worst:e}");
@@ -193,7 +196,7 @@ mod tests {
     fn extreme_numbers() {
         let x = ndarray::arr2(&[[-f32::MAX, -1e3, -0.0, 0.0, 1e3, f32::MAX, f32::NAN]]);
         let one = Array2::ones(x.dim());
-        let y = forward(x.view());
+        let y = forward(x.view()).unwrap();
         let d_x = backward(x.view(), one.view()).unwrap();
         assert_eq!(y.slice(s![0, ..6]), ndarray::arr1(&[0.0, 0.0, 0.0, 0.0, 1e3, f32::MAX]));
         assert_eq!(d_x.slice(s![0, ..6]), ndarray::arr1(&[0.0, 0.0, 0.5, 0.5, 1.0, 1.0]));

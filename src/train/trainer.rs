@@ -74,7 +74,7 @@ impl<T: Scalar> Trainer<T> {
     /// As [`AdamW::validate`].
     pub fn new(model: Transformer<T>, optimizer: AdamW) -> Result<Self, Error> {
         optimizer.validate()?;
-        let zeros = || Parameters::zeros(model.config());
+        let zeros = || model.zero_gradients();
         let moments = Moments { m: zeros(), v: zeros() };
         Ok(Trainer { model, optimizer, moments, steps: 0, state: None, last_checkpoint: None })
     }
@@ -130,9 +130,7 @@ impl<T: Scalar> Trainer<T> {
         let scale = self.optimizer.gradient_scale(gradient_norm);
         let step = self.optimizer.step(self.steps + 1, factor, scale);
         let moments = self.moments.m.views_mut().into_iter().zip(self.moments.v.views_mut());
-        for ((p, g), (m, v)) in
-            self.model.parameters_mut().views_mut().into_iter().zip(&gradients).zip(moments)
-        {
+        for ((p, g), (m, v)) in self.model.parameters_mut().into_iter().zip(&gradients).zip(moments) {
             step.update(p.decay, p.value, g.value.view(), m.value, v.value);
         }
         self.state = Some(state);

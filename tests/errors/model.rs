@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2, Array3, array};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::CodeStats;
 use transformer_vq::generate::{Generator, Sampler, Scorer, log_probabilities};
-use transformer_vq::model::{ModelConfig, ModelState, Parameters, Transformer};
+use transformer_vq::model::{ModelConfig, ModelState, Transformer};
 
 use super::refused;
 
@@ -179,9 +179,14 @@ fn batches_are_checked_and_the_state_is_kept() {
     assert_eq!(state, before);
 
     let (logits, _, saved) = model.forward(good.view(), None, &mut state).unwrap();
-    let mut gradients = Parameters::zeros(model.config());
+    let mut gradients = model.zero_gradients();
     let wrong = Array3::zeros((2, 3, VOCAB + 1));
     refused(model.backward(saved.clone(), wrong, &mut gradients), "Shape", "d_logits");
+    let config = ModelConfig { n_layers: 1, ..small() };
+    let other = Transformer::new(config, 1).unwrap();
+    refused(model.backward(saved.clone(), logits.clone(), &mut other.zero_gradients()), "Shape", "gradients");
+    refused(other.backward(saved.clone(), logits.clone(), &mut other.zero_gradients()), "Invalid", "saved");
+    assert_eq!(gradients, model.zero_gradients());
     assert!(model.backward(saved, logits, &mut gradients).is_ok());
     // No token is a piece too.
     let nothing = model.push(Array2::zeros((2, 0)).view(), &mut state).unwrap();
@@ -220,7 +225,7 @@ fn generation_is_checked_and_keeps_its_place() {
     assert_eq!(generator.state().position(), 0);
 
     let mut broken = model.clone();
-    broken.parameters_mut().output_bias.fill(f32::NAN);
+    broken.parameters_mut().last_mut().unwrap().value.fill(f32::NAN);
     let mut generator = Generator::new(&broken, Sampler::default(), 1).unwrap();
     generator.read(array![1].view()).unwrap();
     refused(generator.next_token(), "NotFinite", "logits");

@@ -61,7 +61,7 @@ fn gates_check_shapes() {
     refused(silu::gate(x.view(), other.view()), "Shape", "g");
     refused(silu::gate_backward(x.view(), other.view(), x.view()), "Shape", "g");
     refused(silu::gate_backward(x.view(), x.view(), other.view()), "Shape", "d_y");
-    assert_eq!(silu::forward(zeros(0, 5).view()), zeros(0, 5));
+    assert_eq!(silu::forward(zeros(0, 5).view()).unwrap(), zeros(0, 5));
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn cross_entropy_checks_targets_and_mask() {
     }
     refused(cross_entropy::log_probabilities(logits.view(), Array1::zeros(4).view()), "Shape", "targets");
     refused(cross_entropy::log_probabilities(zeros(3, 0).view(), good.view()), "OutOfRange", "targets");
-    assert_eq!(cross_entropy::log_softmax(zeros(3, 0).view()), zeros(3, 0));
+    assert_eq!(cross_entropy::log_softmax(zeros(3, 0).view()).unwrap(), zeros(3, 0));
     assert_eq!(cross_entropy::loss(zeros(0, 0).view(), Array1::zeros(0).view(), None), Ok(0.0));
 }
 

@@ -1,0 +1,68 @@
+//! The losses of a language model and their gradients.
+//!
+//! ```text
+//! (1)  loss  = mean over positions that count of -log softmax(logits)[target]
+//! (2)  total = loss + commit_weight * sum over units of their commitment loss
+//! ```
+
+use ndarray::ArrayView2;
+
+use super::transformer::{check_tokens, flat};
+use super::{LayerReport, ModelState, Parameters, Transformer};
+use crate::error::check_shape;
+use crate::ops::cross_entropy;
+use crate::{Error, Scalar};
+
+/// The losses of a batch, their gradients, and what every unit reports.
+#[derive(Debug, Clone)]
+pub struct LossAndGradients<T> {
+    /// (1), nats per token.
+    pub loss: f64,
+    /// Commitment loss, summed over units, without its weight.
+    pub commit_loss: f64,
+    /// (2).
+    pub total: f64,
+    /// Of (2).
+    pub gradients: Parameters<T>,
+    /// One per unit.
+    pub layers: Vec<LayerReport<T>>,
+}
+
+impl<T: Scalar> Transformer<T> {
+    /// Losses of a batch and all gradients; `state` moves from before the piece to after it.
+    ///
+    /// Codebooks do not move: see [`update_codebooks`](Self::update_codebooks).
+    ///
+    /// # Shapes
+    /// `tokens`, `targets` and `mask` [B, T]; a position counts where the mask is true, without one all do.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens or targets outside the vocabulary, no token at all. The state is then as it was.
+    pub fn loss_and_gradients(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+    ) -> Result<LossAndGradients<T>, Error> {
+        if tokens.is_empty() {
+            return Err(Error::Empty { what: "tokens" });
+        }
+        check_shape("targets", tokens.shape(), targets.shape())?;
+        check_tokens("targets", targets, mask.as_ref(), self.config().vocab_size)?;
+        let (logits, layers, saved) = self.forward(tokens, mask, state)?;
+        let (b, t, vocab) = logits.dim();
+        let logits = logits.into_shape_with_order((b * t, vocab)).expect("contiguous");
+        let counted = mask.map(|mask| flat(&mask.to_owned()));
+        let counted = counted.as_ref().map(|mask| mask.view());
+        let (loss, d_logits) =
+            cross_entropy::forward_backward(logits.view(), flat(&targets.to_owned()).view(), counted)?; // (1)
+        drop(logits);
+        let mut gradients = self.zero_gradients();
+        let d_logits = d_logits.into_shape_with_order((b, t, vocab)).expect("contiguous");
+        self.backward(saved, d_logits, &mut gradients)?;
+        let commit_loss = layers.iter().map(|layer| layer.commit_loss).sum();
+        let total = loss + self.config().commit_weight * commit_loss; // (2)
+        Ok(LossAndGradients { loss, commit_loss, total, gradients, layers })
+    }
+}
