@@ -36,6 +36,9 @@ use transformer_vq::codebook::{Codebook, Ema, Estimator, lookup};
 use transformer_vq::ndarray::{Array, Array4, Dimension, ShapeBuilder, s};
 
 const SHORTEST: usize = 256;
+/// Lengths whose tokens per second are compared.
+const PAIR: (usize, usize) = (4096, 32768);
+
 /// How far the linear side goes at least.
 const LINEAR_TO: usize = 32768;
 /// Short calls are timed together, this many tokens at a time.
@@ -114,7 +117,7 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
         // First: the peak of a process never comes down again.
         report_memory(&args)?;
     }
-    let longest = LINEAR_TO.max(args.max_length);
+    let longest = LINEAR_TO.max(PAIR.1).max(args.max_length);
     let problem = Problem::new(&args, longest)?;
     let difference = problem.difference(1024)?;
     println!("on the same quantized keys both agree to {difference:.0e} (relative RMS, f32)\n");
@@ -143,8 +146,13 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     };
     let tables =
         [("forward", rows(|s| s.forward)), ("forward and backward", rows(|s| s.forward + s.backward))];
-    for (name, rows) in &tables {
+    // A machine's speed drifts: lengths are compared in pairs of calls next to each other.
+    let pair = || Ok((seconds_per_call(PAIR.0, || problem.linear(PAIR.0))?, problem.linear(PAIR.1)?));
+    let pairs = (0..3 * repetitions).map(|_| pair()).collect::<Result<Vec<_>, transformer_vq::Error>>()?;
+    let flatness = [flatness(&pairs, |s| s.forward), flatness(&pairs, |s| s.forward + s.backward)];
+    for ((name, rows), flatness) in tables.iter().zip(flatness) {
         report(name, rows);
+        println!("tokens per second at 32k / at 4k: {flatness:.2}\n");
     }
     fs::create_dir_all(&args.out)?;
     let path = args.out.join("crossover.svg");
@@ -170,10 +178,20 @@ struct Row {
 }
 
 fn median(samples: &[Seconds], time: fn(&Seconds) -> f64) -> Option<f64> {
-    let mut times: Vec<f64> = samples.iter().map(time).collect();
-    times.sort_by(f64::total_cmp);
-    let n = times.len();
-    (n > 0).then(|| (times[(n - 1) / 2] + times[n / 2]) / 2.0)
+    middle(samples.iter().map(time).collect())
+}
+
+fn middle(mut numbers: Vec<f64>) -> Option<f64> {
+    numbers.sort_by(f64::total_cmp);
+    let n = numbers.len();
+    (n > 0).then(|| (numbers[(n - 1) / 2] + numbers[n / 2]) / 2.0)
+}
+
+/// Tokens per second at the second length over those at the first: the median of all pairs.
+fn flatness(pairs: &[(Seconds, Seconds)], time: fn(&Seconds) -> f64) -> f64 {
+    let ratio =
+        |(short, long): &(Seconds, Seconds)| (PAIR.1 as f64 / time(long)) / (PAIR.0 as f64 / time(short));
+    middle(pairs.iter().map(ratio).collect()).unwrap_or(f64::NAN)
 }
 
 fn seconds_per_call(
@@ -308,10 +326,6 @@ fn report(name: &str, rows: &[Row]) {
         Some(length) => println!("linear wins from T = {length}"),
         None => println!("linear does not win yet"),
     }
-    let rate = |length| {
-        rows.iter().find(|row| row.length == length).map_or(f64::NAN, |row| length as f64 / row.linear)
-    };
-    println!("tokens per second at 32k / at 4k: {:.2}\n", rate(32768) / rate(4096));
 }
 
 /// The measured length from which on quadratic attention is nowhere faster.
