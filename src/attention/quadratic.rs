@@ -86,7 +86,7 @@ fn score_buffer<T: Scalar>(t: usize) -> Array2<T> {
     Array2::zeros((t.min(TILE), t.min(BLOCK)))
 }
 
-/// Outputs o [T, V], and lse [T], the logarithm of each query's sum of `exp(score)`.
+/// Outputs o [T, V], and lse `[T]`, the logarithm of each query's sum of `exp(score)`.
 ///
 /// ```
 /// use transformer_vq::attention::quadratic;
@@ -157,7 +157,7 @@ pub type Gradients<T> = (Array2<T>, Array2<T>, Array2<T>);
 /// ```
 ///
 /// # Shapes
-/// `q`, `k`, `v` as in [`forward`], `out` [T, V] and `lse` [T] from there, `d_out` [T, V].
+/// `q`, `k`, `v` as in [`forward`], `out` [T, V] and `lse` `[T]` from there, `d_out` [T, V].
 ///
 /// # Errors
 /// As [`forward`].
