@@ -51,7 +51,7 @@ pub struct ModelConfig {
 }
 
 impl Default for ModelConfig {
-    /// A small model for bytes: four units, 1.7 million parameters.
+    /// A small model for bytes: four units, 1.1 million parameters.
     fn default() -> Self {
         ModelConfig {
             vocab_size: 256,
