@@ -3,9 +3,18 @@
 use ndarray::NdFloat;
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
+    use fearless_simd::{Simd, SimdFloat, SimdFloatElement};
+
+    pub trait Sealed: SimdFloatElement {
+        /// As many of these numbers as a register holds.
+        type Vector<S: Simd>: SimdFloat<S, Element = Self>;
+    }
+    impl Sealed for f32 {
+        type Vector<S: Simd> = S::f32s;
+    }
+    impl Sealed for f64 {
+        type Vector<S: Simd> = S::f64s;
+    }
 }
 
 /// `f32` or `f64`. Sealed: kernels may specialise on the two.

@@ -162,11 +162,11 @@ fn files_are_short() {
 }
 
 #[test]
-fn unsafe_stays_in_one_file() {
+fn unsafe_stays_in_one_folder() {
     let word =
         |code: &str| code.split(|c: char| !(c.is_alphanumeric() || c == '_')).any(|word| word == "unsafe");
     for (file, source) in sources() {
-        assert_eq!(word(&code(&source)), file == "ops/matmul.rs", "{file}");
+        assert_eq!(word(&code(&source)), file.starts_with("ops/matmul/"), "{file}");
     }
     assert!(word("unsafe {") && word("(unsafe fn())") && !word("deny(unsafe_code)"));
 }

@@ -1,165 +1,99 @@
-//! The loops over scores: rows are codes or keys, a row's elements are the queries of a block.
+//! The loops over a tile's scores: rows are codes or keys, the elements of a row are the tile's queries.
 //!
-//! Each runs over contiguous queries and vectorises; (2) and (3) are those of `block`. Buffers have rows of `stride`
-//! elements, of which a block uses the first `len`.
+//! Rows have a fixed length and the sums of a pass stay in registers, so each loop becomes vector instructions without
+//! remainders.
 
-use super::block::Block;
+use super::block::LANES;
+use super::tile::Row;
 use crate::Scalar;
 
-/// (2). Rows of carried keys hold their content scores already.
+/// `sum <- a + b`.
 #[inline(always)]
-pub(super) fn gather<T: Scalar>(
-    block: &Block,
-    codes: &[u32],
-    stride: usize,
-    content: &[T],
-    recent: &mut [T],
-    bias: &[T],
-) {
-    let distances = block.window + 1;
-    for r in 0..block.rows() {
-        let row = &mut recent[r * stride..][..block.len];
-        if r >= block.carried {
-            let code = codes[r - block.carried] as usize;
-            row.copy_from_slice(&content[code * stride..][..block.len]);
-        }
-        let biased = block.biased(r);
-        if bias.is_empty() || biased.is_empty() {
-            continue;
-        }
-        // The bias of query i lies at i * (M+1) + (i - lead): a diagonal.
-        let first = (biased.start * (distances + 1)) as isize - block.lead(r);
-        let diagonal = bias[first as usize..].iter().step_by(distances + 1);
-        for (score, &bias) in row[biased].iter_mut().zip(diagonal) {
-            *score += bias;
+pub(super) fn add<T: Scalar>(a: &[T], b: &[T], sum: &mut [T]) {
+    for ((sum, &a), &b) in sum.iter_mut().zip(a).zip(b) {
+        *sum = a + b;
+    }
+}
+
+/// `row <- factor row`.
+#[inline(always)]
+pub(super) fn scale<T: Scalar>(row: &mut [T], factor: T) {
+    for x in row {
+        *x *= factor;
+    }
+}
+
+/// Adds each key's row to its code's.
+#[inline(always)]
+pub(super) fn scatter<T: Scalar>(keys: &[Row<T>], codes: &[u32], content: &mut [Row<T>]) {
+    for (row, &code) in keys.iter().zip(codes) {
+        for (sum, &d) in content[code as usize].iter_mut().zip(row) {
+            *sum += d;
         }
     }
 }
 
+/// Scores become `exp(score - max)`, cached codes counting as `score + ln N`: the maxima, the sums over cached codes, and the
+/// sums over all.
 #[inline(always)]
-pub(super) fn column_max<T: Scalar>(
-    block: &Block,
-    stride: usize,
-    content: &[T],
+pub(super) fn softmax<T: Scalar>(
+    content: &mut [Row<T>],
     log_counts: &[T],
-    recent: &[T],
-    max: &mut [T],
-) {
-    for (s, &log_count) in log_counts.iter().enumerate() {
-        for (max, &score) in max.iter_mut().zip(&content[s * stride..][..block.len]) {
-            let score = score + log_count;
+    recent: &mut [Row<T>],
+) -> [Row<T>; 3] {
+    let mut max = [T::neg_infinity(); LANES];
+    for (row, &log_count) in content.iter_mut().zip(log_counts) {
+        for (max, score) in max.iter_mut().zip(row) {
+            *score += log_count;
+            *max = if *score > *max { *score } else { *max };
+        }
+    }
+    for row in recent.iter() {
+        for (max, &score) in max.iter_mut().zip(row) {
             *max = if score > *max { score } else { *max };
         }
     }
-    for r in 0..block.rows() {
-        let lanes = block.lanes(r);
-        let row = &recent[r * stride..][lanes.clone()];
-        for (max, &score) in max[lanes].iter_mut().zip(row) {
-            *max = if score > *max { score } else { *max };
-        }
+    let cached = exponentiate(content, &[], &max);
+    let mut sum = exponentiate(recent, &[], &max);
+    for (sum, &cached) in sum.iter_mut().zip(&cached) {
+        *sum += cached;
     }
+    [max, cached, sum]
 }
 
-/// (3), cached codes.
+/// Scores become `exp(score + term - shift)`, one term per row or none; returns the sums over rows.
 #[inline(always)]
-pub(super) fn cached_exponentials<T: Scalar>(
-    block: &Block,
-    stride: usize,
-    content: &mut [T],
-    log_counts: &[T],
-    shift: &[T],
-    sum: &mut [T],
-) {
-    for (s, &log_count) in log_counts.iter().enumerate() {
-        let row = &mut content[s * stride..][..block.len];
-        if log_count == T::neg_infinity() {
-            row.fill(T::zero());
-            continue;
-        }
-        for ((score, &shift), sum) in row.iter_mut().zip(shift).zip(&mut *sum) {
-            *score = (*score + log_count - shift).exp_fast();
+pub(super) fn exponentiate<T: Scalar>(rows: &mut [Row<T>], terms: &[T], shift: &Row<T>) -> Row<T> {
+    let mut sum = [T::zero(); LANES];
+    for (r, row) in rows.iter_mut().enumerate() {
+        let term = terms.get(r).copied().unwrap_or(T::zero());
+        for ((score, &shift), sum) in row.iter_mut().zip(shift).zip(&mut sum) {
+            *score = (*score + term - shift).exp_fast();
             *sum += *score;
         }
     }
+    sum
 }
 
-/// (3), recent keys. Where a query does not see a key, p = 0.
-#[inline(always)]
-pub(super) fn recent_exponentials<T: Scalar>(
-    block: &Block,
-    stride: usize,
-    recent: &mut [T],
-    shift: &[T],
-    sum: &mut [T],
-) {
-    for r in 0..block.rows() {
-        let lanes = block.lanes(r);
-        let row = &mut recent[r * stride..][..block.len];
-        row[..lanes.start].fill(T::zero());
-        row[lanes.end..].fill(T::zero());
-        let terms = row[lanes.clone()].iter_mut().zip(&shift[lanes.clone()]).zip(&mut sum[lanes]);
-        for ((score, &shift), sum) in terms {
-            *score = (*score - shift).exp_fast();
-            *sum += *score;
-        }
-    }
-}
-
+/// `d <- p (d - delta)`, delta the sum of p d over the rows of both.
 #[inline(always)]
 pub(super) fn score_gradients<T: Scalar>(
-    block: &Block,
-    stride: usize,
-    p: (&[T], &[T]),
-    d: (&mut [T], &mut [T]),
-    delta: &mut [T],
+    content: (&[Row<T>], &mut [Row<T>]),
+    recent: (&[Row<T>], &mut [Row<T>]),
 ) {
-    let (p_content, p_recent) = p;
-    let (d_content, d_recent) = d;
-    let cached = if block.cache { p_content.len() / stride } else { 0 };
-    for s in 0..cached {
-        let (p, d) = (&p_content[s * stride..][..block.len], &d_content[s * stride..][..block.len]);
-        for ((delta, &p), &d) in delta.iter_mut().zip(p).zip(d) {
-            *delta += p * d;
+    let mut delta = [T::zero(); LANES];
+    for (p, d) in [(content.0, &*content.1), (recent.0, &*recent.1)] {
+        for (p, d) in p.iter().zip(d) {
+            for ((delta, &p), &d) in delta.iter_mut().zip(p).zip(d) {
+                *delta += p * d;
+            }
         }
     }
-    for r in 0..block.rows() {
-        let lanes = block.lanes(r);
-        let (p, d) = (&p_recent[r * stride..][lanes.clone()], &d_recent[r * stride..][lanes.clone()]);
-        for ((delta, &p), &d) in delta[lanes].iter_mut().zip(p).zip(d) {
-            *delta += p * d;
-        }
-    }
-    for s in 0..cached {
-        let p = &p_content[s * stride..][..block.len];
-        let d = &mut d_content[s * stride..][..block.len];
-        for ((d, &p), &delta) in d.iter_mut().zip(p).zip(&*delta) {
-            *d = p * (*d - delta);
-        }
-    }
-    for r in 0..block.rows() {
-        let lanes = block.lanes(r);
-        let p = &p_recent[r * stride..][lanes.clone()];
-        let row = &mut d_recent[r * stride..][..block.len];
-        row[..lanes.start].fill(T::zero());
-        row[lanes.end..].fill(T::zero());
-        for ((d, &p), &delta) in row[lanes.clone()].iter_mut().zip(p).zip(&delta[lanes]) {
-            *d = p * (*d - delta);
-        }
-    }
-}
-
-#[inline(always)]
-pub(super) fn scatter<T: Scalar>(
-    block: &Block,
-    codes: &[u32],
-    stride: usize,
-    content: &mut [T],
-    recent: &[T],
-) {
-    for (r, &code) in (block.carried..).zip(codes) {
-        let row = &recent[r * stride..][..block.len];
-        for (sum, &d) in content[code as usize * stride..][..block.len].iter_mut().zip(row) {
-            *sum += d;
+    for (p, d) in [content, recent] {
+        for (p, d) in p.iter().zip(d) {
+            for ((d, &p), &delta) in d.iter_mut().zip(p).zip(&delta) {
+                *d = p * (*d - delta);
+            }
         }
     }
 }

@@ -44,8 +44,10 @@ mod heads;
 mod kernels;
 pub mod naive;
 pub mod quadratic;
+mod skew;
 mod state;
 pub mod stream;
+mod tile;
 
 pub use cache::CompressiveCache;
 pub use heads::{BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};

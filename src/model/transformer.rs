@@ -239,7 +239,7 @@ impl<T: Scalar> Transformer<T> {
         if let Some(d_scale) = &mut gradients.position_scale {
             let sinusoids = self.sinusoids(start, t)?;
             let sum = |rows: ArrayView2<'_, T>| (&rows * &sinusoids).sum();
-            d_scale[0] += d_x.axis_chunks_iter(ndarray::Axis(0), t.max(1)).map(sum).sum();
+            d_scale[0] += d_x.axis_chunks_iter(ndarray::Axis(0), t.max(1)).map(sum).sum::<T>();
         }
         embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
     }

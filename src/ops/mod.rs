@@ -19,6 +19,7 @@ pub mod rms_norm;
 pub(crate) mod rows;
 pub mod silu;
 pub(crate) mod simd;
+pub(crate) mod transpose;
 
 #[cfg(test)]
 mod tests {

@@ -1,7 +1,7 @@
 //! C <- beta C + alpha A B, for matrices of any strides.
 //!
-//! The only file with `unsafe`: it hands pointers and strides to the library that multiplies. One product runs on one
-//! thread; callers run several at once, cut in ways that depend on shapes alone, so that results keep their bits at any
+//! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`tile`] it reads
+//! operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that depend on shapes alone, so that results keep their bits at any
 //! number of threads.
 //!
 //! Cost: 2 m n k operations.
@@ -12,6 +12,12 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use crate::Scalar;
+use crate::ops::simd::level;
+
+mod tile;
+
+/// Elements of A up to which it stays in the second-level cache as it lies.
+const UNPACKED: usize = 1 << 18;
 
 /// C <- A B.
 ///
@@ -40,6 +46,9 @@ fn gemm<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewM
         if !add {
             c.fill(T::zero());
         }
+        return;
+    }
+    if m * k <= UNPACKED && tile::product(level(), a, b, c.view_mut(), add) {
         return;
     }
     let (a_strides, b_strides) = (a.strides(), b.strides());

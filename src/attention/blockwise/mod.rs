@@ -1,0 +1,161 @@
+//! Linear time: blocks of queries against the compressive cache and a window of keys.
+//!
+//! Forward, for each block of L queries:
+//!
+//! ```text
+//! (1)  scores of all codes and of the recent keys            see `block`
+//! (2)  lse_i = log( sum_{s: N_s>0} exp(a_is + ln N_s) + sum_{j recent} exp(s_ij) )
+//! (3)  o_i   = sum_s P_is mu_s + sum_j p_ij v_j              P_is = exp(a_is + ln N_s - lse_i), p_ij = exp(s_ij - lse_i)
+//! (4)  keys more than M before the next block enter the cache
+//! ```
+//!
+//! Backward recomputes the scores and undoes 4 and 3, 2, 1 in two sweeps, so that no cache is kept per block:
+//!
+//! ```text
+//! forward in time, with the cache as forward had it:
+//! (3)  dP_is = dO_i . mu_s     dp_ij = dO_i . v_j     dv_j += sum_i p_ij dO_i
+//! (2)  dA_is = P_is (dP_is - delta_i)     ds_ij = p_ij (dp_ij - delta_i)     delta_i = sum of P dP and p dp
+//! (1)  dq, du, dw, dr, dk^, dc
+//! backward in time, with one running statistic G [S, V]:
+//! (4)  G_s += sum_i exp(a_is - lse_i) dO_i  where N_s > 0, then dv_j += G_{z_j} for the keys that entered here
+//! ```
+//!
+//! A block's queries are taken 64 at a time (see `tile`), so scores of the whole block never exist together.
+//!
+//! Kept for backward: lse `[T]` and the state the piece began with. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
+//! forward (without the (M+1) K where there are no biases).
+//! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweeps of backward are this crate's.
+
+use ndarray::{Array1, Array2, ArrayView2, s};
+
+use super::block::{Block, Tile};
+use super::{AttentionState, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys};
+use crate::error::{check_finite, check_shape};
+use crate::{Error, Scalar};
+
+mod backward;
+mod forward;
+
+pub(super) use backward::{RowGradients, run_backward};
+pub(super) use forward::{RowStatistics, run};
+
+/// What backward needs of forward: O(T) and one state.
+#[derive(Debug, Clone)]
+pub struct Saved<T> {
+    pub(super) lse: Array1<T>,
+    pub(super) start: AttentionState<T>,
+}
+
+/// Outputs of one piece; `state` is taken from before the piece to after it.
+///
+/// # Errors
+/// Shapes that do not fit, numbers that are not finite, codes that are not below S, an impossible [`VqAttention`]. The
+/// state is then as it was.
+pub fn forward<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    state: &mut AttentionState<T>,
+) -> Result<(Output<T>, Saved<T>), Error> {
+    inputs.check(attention, state)?;
+    let start = state.clone();
+    let mut out = Array2::zeros(inputs.v.raw_dim());
+    let rows = run(attention, inputs, state, out.view_mut());
+    let saved = Saved { lse: rows.lse.clone(), start };
+    Ok((Output { out, lse: rows.lse, cached_mass: rows.cached_mass }, saved))
+}
+
+/// Gradients of one piece. The state it began with is a constant.
+///
+/// # Shapes
+/// `d_out` [T, V].
+///
+/// # Errors
+/// As [`forward`], and if `saved` comes from a piece of another length.
+pub fn backward<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    saved: Saved<T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<Gradients<T>, Error> {
+    inputs.check(attention, &saved.start)?;
+    check_shape("saved.lse", &[inputs.q.nrows()], saved.lse.shape())?;
+    check_shape("d_out", inputs.v.shape(), d_out.shape())?;
+    check_finite("d_out", d_out)?;
+    let (mut d_q, mut d_k_hat) = (Array2::zeros(inputs.q.raw_dim()), Array2::zeros(inputs.q.raw_dim()));
+    let mut d_v = Array2::zeros(inputs.v.raw_dim());
+    let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
+    let (codewords, biases) = run_backward(attention, inputs, saved, d_out, rows);
+    Ok(Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
+}
+
+/// One piece and what all its blocks read.
+#[derive(Debug)]
+pub(super) struct Piece<'a, T> {
+    pub attention: &'a VqAttention,
+    pub inputs: Inputs<'a, T>,
+    /// The keys before the piece.
+    pub window: WindowKeys<T>,
+    pub codes: Vec<u32>,
+    /// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. Empty without biases.
+    pub relative_t: Array2<T>,
+}
+
+impl<'a, T: Scalar> Piece<'a, T> {
+    fn new(attention: &'a VqAttention, inputs: Inputs<'a, T>, window: WindowKeys<T>) -> Self {
+        let relative_t = inputs.biases.as_ref().map(|biases| {
+            let falling = biases.relative.slice(s![..;-1, ..]);
+            falling.t().as_standard_layout().into_owned()
+        });
+        let codes = inputs.codes.to_vec();
+        Piece { attention, inputs, window, codes, relative_t: relative_t.unwrap_or_default() }
+    }
+
+    fn blocks(&self) -> impl DoubleEndedIterator<Item = Block> + use<T> {
+        Block::all(self.attention, self.codes.len(), self.window.codes.len())
+    }
+
+    /// The values of the tile's carried rows.
+    fn carried_values(&self, tile: &Tile) -> ArrayView2<'_, T> {
+        let (old, _) = tile.parts();
+        let hidden = self.window.codes.len() - tile.block.carried;
+        self.window.v.slice(s![hidden + old.start..hidden + old.end, ..])
+    }
+
+    /// ln N_s of the codes that a query reads through the cache; empty without one.
+    fn log_counts(&self, cache: &CompressiveCache<T>) -> Vec<T> {
+        if self.attention.cache { cache.log_counts() } else { vec![] }
+    }
+}
+
+/// The keys that pass from the window into the cache as blocks advance.
+struct Past<'a, T> {
+    piece: &'a Piece<'a, T>,
+    /// Keys that have entered, of the carried window's and then the piece's.
+    entered: usize,
+}
+
+impl<T: Scalar> Past<'_, T> {
+    /// (4), before `block`.
+    fn enter(&mut self, block: &Block, cache: &mut CompressiveCache<T>) {
+        self.enter_until(self.piece.window.codes.len() - block.carried + block.first_key, cache);
+    }
+
+    /// (4), at the end of the piece.
+    fn finish(&mut self, cache: &mut CompressiveCache<T>) {
+        let total = self.piece.window.codes.len() + self.piece.codes.len();
+        self.enter_until(total.saturating_sub(self.piece.attention.window), cache);
+    }
+
+    fn enter_until(&mut self, end: usize, cache: &mut CompressiveCache<T>) {
+        let window = &self.piece.window;
+        let held = window.codes.len();
+        for n in self.entered..end {
+            if n < held {
+                cache.push(window.codes[n], window.v.row(n));
+            } else {
+                cache.push(self.piece.codes[n - held], self.piece.inputs.v.row(n - held));
+            }
+        }
+        self.entered = self.entered.max(end);
+    }
+}

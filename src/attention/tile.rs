@@ -1,0 +1,202 @@
+//! The scores of one tile: what its 64 queries make of all codes and of the recent keys.
+//!
+//! Scores lie transposed, codes or keys in rows and the queries side by side in a row, in the lanes of the processor. So the
+//! score row of a key is a copy of the row of its code, a maximum or a sum over keys is an addition of rows, and the gradient
+//! of a code is the sum of its keys' rows. Lanes without a query hold numbers that nobody reads.
+//!
+//! ```text
+//! (1)  content[s][i] = (q_i + u) . c_s
+//! (2)  recent[j][i]  = content[z_j][i] + (q_i + w) . r_{i-j}
+//! (3)  p = exp(score + ln N - shift_i)
+//! ```
+
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
+
+use super::block::{LANES, Tile};
+use super::blockwise::Piece;
+use super::kernels::{add, exponentiate, scatter, score_gradients, softmax};
+use super::skew;
+use crate::Scalar;
+use crate::ops::matmul::product;
+use crate::ops::simd::on_best_simd;
+use crate::ops::transpose::transpose;
+
+/// One number per query.
+pub(super) type Row<T> = [T; LANES];
+
+/// The matrix [rows, 64] of these rows.
+pub(super) fn view<T>(rows: &[Row<T>]) -> ArrayView2<'_, T> {
+    rows.into()
+}
+
+/// As [`view`], to write to.
+pub(super) fn view_mut<T>(rows: &mut [Row<T>]) -> ArrayViewMut2<'_, T> {
+    rows.into()
+}
+
+/// Zeros of 64 lanes.
+pub(super) fn zeros<T: Scalar>(rows: usize) -> Vec<Row<T>> {
+    vec![[T::zero(); LANES]; rows]
+}
+
+/// Buffers for the scores of one tile, made once per piece.
+#[derive(Debug)]
+pub(super) struct Scores<T> {
+    /// (1), then p of cached codes [S].
+    pub content: Vec<Row<T>>,
+    /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
+    recent: Vec<Row<T>>,
+    /// q + u [64, K].
+    q_content: Array2<T>,
+    /// Its transpose [K].
+    q_content_t: Vec<Row<T>>,
+    /// q + w [64, K].
+    q_position: Array2<T>,
+    /// (q + w) . r, in the layout of [`skew`].
+    bias: Array2<T>,
+}
+
+impl<T: Scalar> Scores<T> {
+    pub fn new(piece: &Piece<'_, T>) -> Self {
+        let (t, k) = piece.inputs.q.dim();
+        let attention = piece.attention;
+        let rows = attention.block_len.min(t) + attention.window.min(piece.window.codes.len() + t);
+        let biased = if piece.inputs.biases.is_some() { LANES } else { 0 };
+        Scores {
+            content: zeros(piece.inputs.codewords.nrows()),
+            recent: zeros(rows),
+            q_content: Array2::zeros((LANES, k)),
+            q_content_t: zeros(k),
+            q_position: Array2::zeros((biased, k)),
+            bias: skew::zeros(biased, attention.window),
+        }
+    }
+
+    /// Takes in the tile's queries and computes (1).
+    pub fn fill_content(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
+        let q = piece.inputs.q.slice(s![tile.queries(), ..]);
+        let content_bias = piece.inputs.biases.as_ref().map(|biases| biases.content);
+        load(q, content_bias, &mut self.q_content);
+        transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
+        product(piece.inputs.codewords, view(&self.q_content_t), view_mut(&mut self.content));
+    }
+
+    /// Computes (2) from (1); minus infinity where a query does not see a key.
+    pub fn fill_recent(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
+        let (old, keys) = tile.parts();
+        let recent = &mut self.recent[..tile.rows.len()];
+        let hidden = piece.window.codes.len() - tile.block.carried;
+        let k_hat = piece.window.k_hat.slice(s![hidden + old.start..hidden + old.end, ..]);
+        product(k_hat, view(&self.q_content_t), view_mut(&mut recent[..old.len()]));
+        for (row, &code) in recent[old.len()..].iter_mut().zip(&piece.codes[keys]) {
+            *row = self.content[code as usize];
+        }
+        if let Some(biases) = &piece.inputs.biases {
+            let q = piece.inputs.q.slice(s![tile.queries(), ..]);
+            load(q, Some(biases.position), &mut self.q_position);
+            let q_position = self.q_position.slice(s![..tile.len, ..]);
+            product(q_position, piece.relative_t.view(), skew::inside_mut(&mut self.bias, tile.len));
+            skew::add(tile, &self.bias, recent);
+        }
+        for (row, r) in recent.iter_mut().zip(tile.rows.clone()) {
+            let seen = tile.seen(r);
+            row[..seen.start].fill(T::neg_infinity());
+            row[seen.end..].fill(T::neg_infinity());
+        }
+    }
+
+    /// (3) with each query's largest score as its shift: shifts, sums over cached codes, and sums over all that is seen.
+    pub fn softmax(&mut self, tile: &Tile, log_counts: &[T]) -> [Row<T>; 3] {
+        let (content, recent) = (&mut self.content[..log_counts.len()], &mut self.recent[..tile.rows.len()]);
+        on_best_simd!(softmax(content, log_counts, recent))
+    }
+
+    /// (3) for cached codes.
+    pub fn exponentiate_cached(&mut self, log_counts: &[T], shift: &Row<T>) {
+        on_best_simd!(exponentiate(&mut self.content[..log_counts.len()], log_counts, shift));
+    }
+
+    /// (3) for recent keys.
+    pub fn exponentiate_recent(&mut self, tile: &Tile, shift: &Row<T>) {
+        on_best_simd!(exponentiate(&mut self.recent[..tile.rows.len()], &[], shift));
+    }
+
+    /// Scores or p of recent keys, one per row of the tile.
+    pub fn recent(&self, tile: &Tile) -> &[Row<T>] {
+        &self.recent[..tile.rows.len()]
+    }
+
+    /// q + u [len, K].
+    pub fn q_content(&self, tile: &Tile) -> ArrayView2<'_, T> {
+        self.q_content.slice(s![..tile.len, ..])
+    }
+
+    /// q + w [len, K], where there are biases.
+    pub fn q_position(&self, tile: &Tile) -> ArrayView2<'_, T> {
+        self.q_position.slice(s![..tile.len, ..])
+    }
+}
+
+/// Rows plus a constant row.
+fn load<T: Scalar>(q: ArrayView2<'_, T>, bias: Option<ArrayView1<'_, T>>, sum: &mut Array2<T>) {
+    let bias = bias.map_or_else(|| vec![T::zero(); q.ncols()], |bias| bias.to_vec());
+    for (q, mut sum) in q.rows().into_iter().zip(sum.rows_mut()) {
+        if let (Some(q), Some(sum)) = (q.as_slice(), sum.as_slice_mut()) {
+            on_best_simd!(add(q, &bias, sum));
+        } else {
+            q.iter().zip(&bias).zip(&mut sum).for_each(|((&q, &bias), sum)| *sum = q + bias);
+        }
+    }
+}
+
+/// Gradients of the scores of one tile, in the layout of [`Scores`].
+#[derive(Debug)]
+pub(super) struct ScoreGradients<T> {
+    /// [S].
+    pub content: Vec<Row<T>>,
+    /// [M + L].
+    recent: Vec<Row<T>>,
+    /// Of (q + w) . r, in the layout of [`skew`].
+    bias: Array2<T>,
+}
+
+impl<T: Scalar> ScoreGradients<T> {
+    pub fn new(scores: &Scores<T>) -> Self {
+        ScoreGradients {
+            content: zeros(scores.content.len()),
+            recent: zeros(scores.recent.len()),
+            bias: Array2::zeros(scores.bias.raw_dim()),
+        }
+    }
+
+    /// One per row of the tile.
+    pub fn recent(&self, tile: &Tile) -> &[Row<T>] {
+        &self.recent[..tile.rows.len()]
+    }
+
+    /// As [`recent`](Self::recent), to write to.
+    pub fn recent_mut(&mut self, tile: &Tile) -> &mut [Row<T>] {
+        &mut self.recent[..tile.rows.len()]
+    }
+
+    /// Turns d_p into d_score: `d_s = p (d_p - sum p d_p)`, over cached codes and recent keys.
+    pub fn softmax_backward(&mut self, scores: &Scores<T>, tile: &Tile, cached: usize) {
+        let rows = tile.rows.len();
+        let content = (&scores.content[..cached], &mut self.content[..cached]);
+        let recent = (&scores.recent[..rows], &mut self.recent[..rows]);
+        on_best_simd!(score_gradients(content, recent));
+    }
+
+    /// Adds the rows of the piece's keys to the rows of their codes: the look-up of (2), backward.
+    pub fn scatter(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
+        let (old, keys) = tile.parts();
+        let recent = &self.recent[old.len()..tile.rows.len()];
+        on_best_simd!(scatter(recent, &piece.codes[keys], &mut self.content));
+    }
+
+    /// Gradient of `(q + w) R^T`, distances from M down to 0: the skew of (2), backward [len, M+1].
+    pub fn bias(&mut self, tile: &Tile) -> ArrayView2<'_, T> {
+        skew::collect(tile, &self.recent[..tile.rows.len()], &mut self.bias);
+        skew::inside(&self.bias, tile.len)
+    }
+}

@@ -1,0 +1,259 @@
+//! The product of operands that lie as a register tile reads them: no packing, no buffers.
+//!
+//! ```text
+//! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
+//! ```
+//!
+//! Rows of B and C must be contiguous, A may have any strides. C is cut into tiles of R rows by two vectors, which stay in
+//! registers while p runs:
+//!
+//! ```text
+//! for p:  load 2 vectors of row B[p];  for each of R rows i: broadcast A[i][p], multiply and add twice
+//! ```
+//!
+//! A library copies both operands into the order of that loop first. Attention's operands lie in it from the start (a row of
+//! scores, a row of codewords, a row of values), and its products are so small that the copies cost a tenth of the time.
+//! R is 8 with 32 vector registers (AVX-512, NEON), 4 with 16. Each element of C is one sum in the order of p, wherever the
+//! cuts fall: a row or a column has the same bits in a product of any size.
+
+use std::mem::MaybeUninit;
+
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+use crate::Scalar;
+
+/// Vectors of a tile's row.
+const VECTORS: usize = 2;
+
+/// Rows of B that are packed together: 32 KB of them with the widest registers, a first-level cache.
+const DEPTH: usize = 256;
+
+/// Pointers and strides, in elements, of operands whose extents have been checked.
+struct Operands<T> {
+    a: *const T,
+    a_row: isize,
+    a_column: isize,
+    b: *const T,
+    b_row: isize,
+    c: *mut T,
+    c_row: isize,
+}
+
+// By hand: derived, they would ask the same of T.
+impl<T> Clone for Operands<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Operands<T> {}
+
+/// C <- A B, or C + A B; false, and nothing done, where rows of B or C are not contiguous or too short for a vector.
+///
+/// # Shapes
+/// `a` [m, k], `b` [k, n], `c` [m, n], none of them empty.
+pub(super) fn product<T: Scalar>(
+    level: Level,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    mut c: ArrayViewMut2<'_, T>,
+    add: bool,
+) -> bool {
+    let (m, k) = a.dim();
+    let n = b.ncols();
+    assert_eq!((b.nrows(), c.dim()), (k, (m, n)), "shapes of a product");
+    if b.strides()[1] != 1 || c.strides()[1] != 1 {
+        return false;
+    }
+    let operands = Operands {
+        a: a.as_ptr(),
+        a_row: a.strides()[0],
+        a_column: a.strides()[1],
+        b: b.as_ptr(),
+        b_row: b.strides()[0],
+        c: c.as_mut_ptr(),
+        c_row: c.strides()[0],
+    };
+    // SAFETY: the views are valid for the rows and columns named by (m, n, k), which were compared above, rows of b and c
+    // are contiguous, and c is borrowed mutably and therefore overlaps neither a nor b.
+    dispatch!(level, simd => unsafe { tiles(simd, operands, (m, n, k), add) })
+}
+
+/// All tiles of C; false where not even one vector fits in a row.
+///
+/// # Safety
+/// The operands must be valid for m x k, k x n and m x n elements, with contiguous rows of B and C, C apart from A and B.
+#[inline(always)]
+unsafe fn tiles<S: Simd, T: Scalar>(
+    simd: S,
+    operands: Operands<T>,
+    (m, n, k): (usize, usize, usize),
+    add: bool,
+) -> bool {
+    let lanes = T::Vector::<S>::LEN;
+    if n < lanes {
+        return false;
+    }
+    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
+    // Rows far apart fall on the same few sets of a cache; a copy of them is worth it if several tiles read it.
+    let packs = operands.b_row.unsigned_abs() * size_of::<T>() > 512 && m > 16;
+    let mut packed = [const { MaybeUninit::<T::Vector<S>>::uninit() }; VECTORS * DEPTH];
+    let mut column = 0;
+    while column < n {
+        // The last vector of a row reaches back over columns that are done, and stores only what is left.
+        let (vectors, done) = match n - column {
+            left if left >= VECTORS * lanes => (VECTORS, 0),
+            left if left >= lanes => (1, 0),
+            left => (1, lanes - left),
+        };
+        let start = (column - done) as isize;
+        let depth = if packs { DEPTH } else { k };
+        for p in (0..k).step_by(depth) {
+            let depth = depth.min(k - p);
+            // SAFETY: p + depth <= k, and start + the columns of a tile <= n.
+            let panel = unsafe {
+                Operands {
+                    a: operands.a.offset(p as isize * operands.a_column),
+                    b: operands.b.offset(p as isize * operands.b_row + start),
+                    c: operands.c.offset(start),
+                    ..operands
+                }
+            };
+            let panel = if packs {
+                // SAFETY: as above.
+                unsafe {
+                    match vectors {
+                        VECTORS => pack::<S, T, VECTORS>(simd, panel.b, panel.b_row, &mut packed, depth),
+                        _ => pack::<S, T, 1>(simd, panel.b, panel.b_row, &mut packed, depth),
+                    }
+                }
+                Operands { b: packed.as_ptr().cast(), b_row: (vectors * lanes) as isize, ..panel }
+            } else {
+                panel
+            };
+            // The panel after this one, of which each tile asks for a part.
+            let next =
+                if p + depth < k { (p + depth, start) } else { (0, start + (vectors * lanes) as isize) };
+            let next = operands.b.wrapping_offset(next.0 as isize * operands.b_row + next.1);
+            let mut row = 0;
+            while row < m {
+                if packs {
+                    let tiles = m.div_ceil(8);
+                    let share = DEPTH.div_ceil(tiles);
+                    let first = row / 8 * share;
+                    for p in first..(first + share).min(DEPTH) {
+                        prefetch(next.wrapping_offset(p as isize * operands.b_row));
+                    }
+                }
+                let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
+                let (i, add) = (row as isize, add || p > 0);
+                // SAFETY: row + the rows of the chosen tile <= m.
+                unsafe {
+                    let at = Operands {
+                        a: panel.a.offset(i * panel.a_row),
+                        c: panel.c.offset(i * panel.c_row),
+                        ..panel
+                    };
+                    row += match (rows, vectors) {
+                        (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, done, add),
+                        (4..8, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, done, add),
+                        (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, done, add),
+                        (_, VECTORS) => tile::<S, T, 1, VECTORS>(simd, at, depth, done, add),
+                        (8, _) => tile::<S, T, 8, 1>(simd, at, depth, done, add),
+                        (4..8, _) => tile::<S, T, 4, 1>(simd, at, depth, done, add),
+                        _ => tile::<S, T, 1, 1>(simd, at, depth, done, add),
+                    };
+                }
+            }
+        }
+        column += vectors * lanes - done;
+    }
+    true
+}
+
+/// Asks for the cache lines of the next vectors, on the way to the second-level cache. Any address is allowed.
+#[inline(always)]
+fn prefetch<T>(b: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and faults nowhere.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(b.cast());
+        _mm_prefetch::<_MM_HINT_T1>(b.cast::<i8>().wrapping_add(64));
+    }
+}
+
+/// Copies the first V vectors of each of `depth` rows of B, one row after the other.
+///
+/// # Safety
+/// `b` must be valid for that many vectors in each of these rows, which lie `b_row` apart.
+#[inline(always)]
+unsafe fn pack<S: Simd, T: Scalar, const V: usize>(
+    simd: S,
+    b: *const T,
+    b_row: isize,
+    packed: &mut [MaybeUninit<T::Vector<S>>],
+    depth: usize,
+) {
+    let lanes = T::Vector::<S>::LEN;
+    let (mut from, mut to) = (b, packed.as_mut_ptr().cast::<T::Vector<S>>());
+    for _ in 0..depth {
+        for j in 0..V {
+            // SAFETY: the caller vouches for vector j of each row, and `packed` has room for V vectors of each.
+            unsafe {
+                let b = std::slice::from_raw_parts(from.add(j * lanes), lanes);
+                *to.add(j) = T::Vector::<S>::from_slice(simd, b);
+            }
+        }
+        // Wrapping: beyond the last row nothing is read or written.
+        from = from.wrapping_offset(b_row);
+        to = to.wrapping_add(V);
+    }
+}
+
+/// One tile of R rows and V vectors, of which the first `done` columns are left alone; returns R.
+///
+/// # Safety
+/// As [`tiles`], for m = R and n = V vectors.
+#[inline(always)]
+unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
+    simd: S,
+    at: Operands<T>,
+    k: usize,
+    done: usize,
+    add: bool,
+) -> usize {
+    let lanes = T::Vector::<S>::LEN;
+    let mut sums = [[T::Vector::<S>::splat(simd, T::zero()); V]; R];
+    // SAFETY: p < k, i < R and j < V name elements that the caller vouches for.
+    unsafe {
+        let load = |p: *const T| T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(p, lanes));
+        let (mut a, mut b) = (at.a, at.b);
+        for _ in 0..k {
+            let row: [_; V] = std::array::from_fn(|j| load(b.add(j * lanes)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let factor = T::Vector::<S>::splat(simd, *a.offset(i as isize * at.a_row));
+                for (sum, &b) in sums.iter_mut().zip(&row) {
+                    *sum = factor.mul_add(b, *sum);
+                }
+            }
+            // Wrapping: after the last p they point beyond the operands, and are not read.
+            a = a.wrapping_offset(at.a_column);
+            b = b.wrapping_offset(at.b_row);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, &sum) in sums.iter().enumerate() {
+                let c = at.c.offset(i as isize * at.c_row).add(j * lanes);
+                if done > 0 {
+                    for (lane, &sum) in sum.as_slice().iter().enumerate().skip(done) {
+                        *c.add(lane) = if add { *c.add(lane) + sum } else { sum };
+                    }
+                    continue;
+                }
+                let sum = if add { load(c) + sum } else { sum };
+                sum.store_slice(std::slice::from_raw_parts_mut(c, lanes));
+            }
+        }
+    }
+    R
+}
