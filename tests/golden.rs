@@ -163,7 +163,7 @@ fn compare<T: Scalar>(golden: &mut Golden, tolerances: Tolerances) {
     let model = published::from_tensors(config, parameters.clone()).unwrap();
     // Beside a separate output matrix this bias is unused and never moves: the model does not keep it.
     let unused = (!model.config().tied_embedding).then(|| parameters["token_embedder.bias_out"].clone());
-    for (name, written) in with_unused(published::to_tensors(&model), &unused) {
+    for (name, written) in with_unused(published::to_tensors(&model).unwrap(), &unused) {
         assert!(written == parameters[&name], "`{name}` does not survive a round trip");
     }
 
@@ -222,13 +222,13 @@ fn compare_update<T: Scalar>(
     let mut learned = model.clone();
     learned.update_codebooks(&stats).unwrap();
     let codebook = |model| -> Tensors<T> {
-        let all = published::to_tensors(model).into_iter();
+        let all = published::to_tensors(model).unwrap().into_iter();
         all.filter(|(name, _)| name.contains(".quantizer.")).collect()
     };
     let (old, new) = (codebook(model), codebook(&learned));
     golden.compare_all(&format!("u{n}.ema_new."), &new, outputs);
 
-    let mut all = published::parameters_to_tensors(config, &result.gradients);
+    let mut all = published::parameters_to_tensors(config, &result.gradients).unwrap();
     all.extend(old.into_iter().map(|(name, old)| (name.clone(), old - &new[&name])));
     golden.compare_all(&format!("u{n}.grad."), &all, gradients);
 
@@ -326,6 +326,6 @@ fn compare_run<T: Scalar>(
         }
     }
     assert_eq!(step as usize, curve.len_of(Axis(0)));
-    let trained = with_unused(published::to_tensors(trainer.model()), unused);
+    let trained = with_unused(published::to_tensors(trainer.model()).unwrap(), unused);
     golden.compare_all("train.final.", &trained, tolerances.run);
 }

@@ -1,5 +1,5 @@
 //! Level 3: attention over batch x heads, from queries and keys to output and commitment loss. Its surrogate: codes are
-//! frozen, recent keys read `c_z + (k - k0)` with k0 the unmoved keys, the loss reads the unmoved codewords.
+//! frozen, recent keys read `c_z + (k - k0)` with k0 the unmoved keys, the commitment loss reads the unmoved codewords.
 
 use std::ops::Range;
 
@@ -44,7 +44,7 @@ struct Arrays {
     q: Array4<f64>,
     k: Array4<f64>,
     v: Array4<f64>,
-    /// As the cache reads them.
+    /// As the cache and the keys of the window read them.
     codewords: Array3<f64>,
     content: Array2<f64>,
     position: Array2<f64>,
@@ -117,7 +117,8 @@ impl Surrogate<'_> {
         state: &AttentionState<f64>,
     ) -> (f64, AttentionState<f64>) {
         let rows = s![b, h, tokens.clone(), ..];
-        let k_hat = &self.quantized.slice(rows) + &x.k.slice(rows) - self.base.k.slice(rows);
+        let quantized = lookup(self.codes.view(), x.codewords.view()).unwrap();
+        let k_hat = &quantized.slice(rows) + &x.k.slice(rows) - self.base.k.slice(rows);
         let inputs = Inputs {
             q: x.q.slice(rows),
             codes: self.codes.slice(s![b, h, tokens.clone()]),
@@ -187,7 +188,7 @@ fn error(attention: VqAttention, masked: bool) -> f64 {
     let got = attention.backward(&inputs, saved, d_out, Estimator::StraightThrough, COMMIT_WEIGHT).unwrap();
     let biases = got.biases.unwrap();
     let total = (&output.out * &surrogate.d_out).sum() + COMMIT_WEIGHT * output.commit_loss;
-    let mut errors = vec![
+    let errors = [
         (total / surrogate.total(&base) - 1.0).abs(),
         surrogate.one(&got.q, |x| &mut x.q),
         surrogate.one(&got.k, |x| &mut x.k),
@@ -195,13 +196,8 @@ fn error(attention: VqAttention, masked: bool) -> f64 {
         surrogate.one(&biases.content, |x| &mut x.content),
         surrogate.one(&biases.position, |x| &mut x.position),
         surrogate.one(&biases.relative, |x| &mut x.relative),
+        surrogate.one(&got.codewords, |x| &mut x.codewords),
     ];
-    if attention.cache {
-        errors.push(surrogate.one(&got.codewords, |x| &mut x.codewords));
-    } else {
-        // Nothing is read through the codebook.
-        errors.push(if got.codewords.iter().all(|&d| d == 0.0) { 0.0 } else { f64::INFINITY });
-    }
     errors.into_iter().fold(0.0, f64::max)
 }
 

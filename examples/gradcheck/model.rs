@@ -1,17 +1,20 @@
 //! Level 4: the whole model. Its surrogate is written here a second time, on the definition of attention: codes are frozen,
-//! recent keys read `c_z + (k - k0)` with k0 the keys of the unmoved model, cached keys read the codebook, and the state
-//! that is carried in (or handed from block to block, where that is a constant) is that of the unmoved model.
+//! recent keys read `c_z + J (k - k0)` with k0 the keys of the unmoved model and J the estimator's, cached keys read the
+//! codebook (which moves with its parameters, where attention's gradient is to reach them), and the state that is carried in (or handed from block to block, where that is a constant) is that of the unmoved model.
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, ArrayD, Axis, s};
+use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, naive};
 use transformer_vq::check::{finite_difference, relative_rms};
-use transformer_vq::codebook::assign_naive;
+use transformer_vq::codebook::{
+    Codebook, Estimator, Learning, Rotation, RotationScale, RotationVariant, Smoothing, assign_naive,
+};
 use transformer_vq::model::{
-    LayerParameters, ModelConfig, ModelState, NormParameters, Parameters, Transformer,
+    CodewordGradient, LayerParameters, LearningConfig, ModelConfig, ModelState, NormParameters, Parameters,
+    Transformer,
 };
 use transformer_vq::ops::{cross_entropy, positions};
 
@@ -34,7 +37,45 @@ pub fn checks() -> Vec<Check> {
             let attention = VqAttention { cache: false, ..small().attention };
             error(&ModelConfig { attention, ..small() }, true)
         }),
+        check("model: rotation, Laplace", || {
+            let smoothing = Smoothing::Laplace { epsilon: 1e-5 };
+            let estimator = rotation(RotationVariant::Paper, RotationScale::Ratio);
+            error(&ModelConfig { learning: LearningConfig::Ema { smoothing }, estimator, ..small() }, false)
+        }),
+        check("model: rotation of unit vectors, frozen", || {
+            let estimator = rotation(RotationVariant::Normalized, RotationScale::AtMost(0.9));
+            error(&ModelConfig { learning: LearningConfig::Frozen, estimator, ..small() }, true)
+        }),
+        check("model: learned codewords, no estimator", || {
+            let learning = LearningConfig::Gradient(by_gradient(false));
+            error(&ModelConfig { learning, estimator: Estimator::None, ..small() }, true)
+        }),
+        check("model: codewords by attention, two heads", || {
+            let learning = LearningConfig::Gradient(by_gradient(true));
+            error(&ModelConfig { learning, n_heads: 2, ..small() }, false)
+        }),
+        check("model: SimVQ", || error(&linear(false, false, false), false)),
+        check("model: SimVQ by attention, directional", || {
+            error(&ModelConfig { estimator: Estimator::Directional, ..linear(false, true, true) }, true)
+        }),
+        check("model: SimVQ, learned basis, rotation", || {
+            let estimator = rotation(RotationVariant::Paper, RotationScale::One);
+            error(&ModelConfig { estimator, n_heads: 2, ..linear(true, true, true) }, true)
+        }),
     ]
+}
+
+fn rotation(variant: RotationVariant, scale: RotationScale) -> Estimator {
+    Estimator::Rotation(Rotation { variant, scale })
+}
+
+fn by_gradient(from_attention: bool) -> CodewordGradient {
+    CodewordGradient { codebook_weight: 0.2, from_attention }
+}
+
+fn linear(learned_basis: bool, bias: bool, from_attention: bool) -> ModelConfig {
+    let gradient = by_gradient(from_attention);
+    ModelConfig { learning: LearningConfig::Linear { d_basis: 3, learned_basis, bias, gradient }, ..small() }
 }
 
 fn small() -> ModelConfig {
@@ -63,7 +104,7 @@ fn error(config: &ModelConfig, masked: bool) -> f64 {
         // Biases and scalars start at zero, where mistakes hide.
         parameter.value.mapv_inplace(|x| x + rng.random_range(-0.2..0.2));
     }
-    let model = Transformer::from_parts(config.clone(), parameters, model.codebooks().to_vec()).unwrap();
+    let model = Transformer::from_parts(config.clone(), parameters, model.learning().to_vec()).unwrap();
     let mut tokens =
         |t| Array2::from_shape_simple_fn((BATCH, t), || rng.random_range(0..config.vocab_size as u32));
     let (before, piece, targets) = (tokens(8), tokens(10), tokens(10));
@@ -95,7 +136,8 @@ fn error(config: &ModelConfig, masked: bool) -> f64 {
 /// Everything that stays as it is while parameters are moved.
 struct Surrogate<'a> {
     config: &'a ModelConfig,
-    codewords: Vec<ndarray::Array3<f64>>,
+    learning: &'a [Learning<f64>],
+    codewords: Vec<Array3<f64>>,
     piece: &'a Array2<u32>,
     targets: &'a Array2<u32>,
     mask: Option<&'a Array2<bool>>,
@@ -120,6 +162,8 @@ struct Head {
     content: Array1<f64>,
     position: Array1<f64>,
     relative: Array2<f64>,
+    /// As attention's gradient moves them.
+    codewords: Array2<f64>,
 }
 
 /// Attention of one head: unit, sequence, head and its arrays give [T, V].
@@ -135,7 +179,9 @@ impl<'a> Surrogate<'a> {
     ) -> Self {
         let codewords = model.codebooks().iter().map(|codebook| codebook.codewords()).collect();
         let (config, start) = (model.config(), state.position());
-        let mut surrogate = Surrogate { config, codewords, piece, targets, mask, start, frozen: vec![] };
+        let learning = model.learning();
+        let mut surrogate =
+            Surrogate { config, learning, codewords, piece, targets, mask, start, frozen: vec![] };
         // The unmoved model, which freezes unit by unit.
         let mut frozen = vec![];
         surrogate.run(model.parameters(), &mut |surrogate, unit, b, h, head| {
@@ -186,14 +232,27 @@ impl<'a> Surrogate<'a> {
         tokens: Range<usize>,
         state: &AttentionState<f64>,
     ) -> (Array2<f64>, AttentionState<f64>) {
-        let codewords = self.codewords[unit].index_axis(Axis(0), h);
-        let k_hat = self.quantized(frozen, unit, h) + &head.k - &frozen.keys;
+        let base = quantized(frozen, self.codewords[unit].index_axis(Axis(0), h));
+        let mut k_hat = quantized(frozen, head.codewords.view());
+        for (j, mut k_hat) in k_hat.outer_iter_mut().enumerate() {
+            let [k, k0, c0] = [&head.k, &frozen.keys, &base].map(|rows| rows.row(j).to_owned());
+            let moved = match self.config.estimator {
+                Estimator::Directional => {
+                    let e = &c0 - &k0;
+                    &k + &(&e / length(&e) * length(&(&k_hat - &k)))
+                }
+                Estimator::StraightThrough => &k_hat + &k - &k0,
+                Estimator::Rotation(rotation) => &k_hat + &jacobian(rotation, &k0, &c0).dot(&(&k - &k0)),
+                _ => k_hat.to_owned(),
+            };
+            k_hat.assign(&moved);
+        }
         let rows = s![tokens.clone(), ..];
         let inputs = Inputs {
             q: head.q.slice(rows),
             codes: frozen.codes.slice(s![tokens]),
             v: head.v.slice(rows),
-            codewords,
+            codewords: head.codewords.view(),
             biases: Some(Biases {
                 content: head.content.view(),
                 position: head.position.view(),
@@ -203,11 +262,6 @@ impl<'a> Surrogate<'a> {
         let (output, state) =
             naive::forward(&self.config.attention, &inputs, k_hat.slice(rows), state).unwrap();
         (output.out, state)
-    }
-
-    fn quantized(&self, frozen: &Frozen, unit: usize, h: usize) -> Array2<f64> {
-        let codewords = self.codewords[unit].index_axis(Axis(0), h);
-        Array2::from_shape_fn(frozen.keys.raw_dim(), |(j, k)| codewords[[frozen.codes[j] as usize, k]])
     }
 
     /// The model by its formulas, attention left to `attend(unit, sequence, head)`; returns the total loss.
@@ -229,7 +283,11 @@ impl<'a> Surrogate<'a> {
                 embedded + parameters.position_scale.as_ref().map_or(0.0, |scale| scale[0]) * &sinusoids
             })
             .collect();
-        let mut commit_loss = 0.0;
+        let gradient = match self.config.learning {
+            LearningConfig::Gradient(gradient) | LearningConfig::Linear { gradient, .. } => gradient,
+            _ => CodewordGradient { codebook_weight: 0.0, from_attention: false },
+        };
+        let (mut commit_loss, mut codebook_loss) = (0.0, 0.0);
         for (unit, layer) in parameters.layers.iter().enumerate() {
             let LayerParameters {
                 norm,
@@ -241,7 +299,11 @@ impl<'a> Surrogate<'a> {
                 w_out,
                 content_bias,
                 position_bias,
+                codebook,
             } = layer;
+            let codebook = Codebook::new(self.learning[unit].clone(), codebook.clone()).unwrap();
+            let moved = codebook.codewords();
+            let seen = if gradient.from_attention { &moved } else { &self.codewords[unit] };
             let relative = distances.dot(w_relative) * scale;
             for (sequence, x) in x.iter_mut().enumerate() {
                 let normed = normalize(x, norm);
@@ -256,15 +318,21 @@ impl<'a> Surrogate<'a> {
                         content: &content_bias.row(h) * scale,
                         position: &position_bias.row(h) * scale,
                         relative: relative.slice(keys).to_owned(),
+                        codewords: seen.index_axis(Axis(0), h).to_owned(),
                     };
                     let out = attend(self, unit, sequence, h, &head);
                     let gate = normed.dot(&w_gate.slice(values)).mapv(silu);
                     gated.slice_mut(values).assign(&(out * gate));
                     if let Some(frozen) = self.frozen.get((unit * b + sequence) * n_heads + h) {
-                        let distance = &head.k - &self.quantized(frozen, unit, h);
-                        let squares = (&distance * &distance).sum_axis(Axis(1));
-                        let sum: f64 = (0..t).filter(|&i| counts(sequence, i)).map(|i| squares[i]).sum();
-                        commit_loss += sum / counted;
+                        let [base, moved] = [&self.codewords[unit], &moved]
+                            .map(|codewords| quantized(frozen, codewords.index_axis(Axis(0), h)));
+                        let mean = |distance: Array2<f64>| {
+                            let squares = (&distance * &distance).sum_axis(Axis(1));
+                            let counted_squares = (0..t).filter(|&i| counts(sequence, i)).map(|i| squares[i]);
+                            counted_squares.sum::<f64>() / counted
+                        };
+                        commit_loss += mean(&head.k - &base);
+                        codebook_loss += mean(&frozen.keys - &moved);
                     }
                 }
                 *x += &gated.dot(w_out);
@@ -280,8 +348,37 @@ impl<'a> Surrogate<'a> {
                 loss -= log_probabilities[[i, self.targets[[sequence, i]] as usize]] / counted;
             }
         }
-        loss + self.config.commit_weight * commit_loss
+        loss + self.config.commit_weight * commit_loss + gradient.codebook_weight * codebook_loss
     }
+}
+
+/// The codeword of each key.
+fn quantized(frozen: &Frozen, codewords: ArrayView2<'_, f64>) -> Array2<f64> {
+    Array2::from_shape_fn(frozen.keys.raw_dim(), |(j, k)| codewords[[frozen.codes[j] as usize, k]])
+}
+
+/// J of the rotation trick, with matrices.
+fn jacobian(rotation: Rotation, key: &Array1<f64>, codeword: &Array1<f64>) -> Array2<f64> {
+    let outer =
+        |a: &Array1<f64>, b: &Array1<f64>| Array2::from_shape_fn((a.len(), b.len()), |(i, j)| a[i] * b[j]);
+    let (u, c) = (key / length(key), codeword / length(codeword));
+    let t = &u + &c;
+    let (t, identity) = (&t / length(&t), Array2::<f64>::eye(key.len()));
+    let r = &identity - &(outer(&t, &t) * 2.0) + &(outer(&c, &u) * 2.0);
+    let ratio = length(codeword) / length(key);
+    let lambda = match rotation.scale {
+        RotationScale::Ratio => ratio,
+        RotationScale::AtMost(most) => ratio.min(most),
+        RotationScale::One => 1.0,
+    };
+    match rotation.variant {
+        RotationVariant::Paper => r * lambda,
+        RotationVariant::Normalized => r.dot(&(identity - outer(&u, &u))) * lambda,
+    }
+}
+
+fn length(x: &Array1<f64>) -> f64 {
+    x.dot(x).sqrt()
 }
 
 /// Rows over their root mean square.

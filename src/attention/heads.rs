@@ -86,8 +86,8 @@ pub struct BatchGradients<T> {
     pub k: Array4<T>,
     /// [B, H, T, V].
     pub v: Array4<T>,
-    /// Of the codewords, from keys that were read through the cache [H, S, K]. A codebook that learns by moving averages
-    /// does not use it.
+    /// Of the codewords [H, S, K]: as the cache reads them, and as quantized keys through the estimator. A codebook that
+    /// learns by moving averages does not use it.
     pub codewords: Array3<T>,
     /// Of the relative biases, if there are any.
     pub biases: Option<BatchBiasGradients<T>>,
@@ -190,12 +190,12 @@ impl VqAttention {
         estimator: Estimator,
         commit_weight: f64,
     ) -> Result<BatchGradients<T>, Error> {
-        let BatchSaved { heads, codes, codewords } = saved;
+        let BatchSaved { heads, codes, codewords } = &saved;
         let (b, h, t, k) = inputs.q.dim();
         check_shape("saved.codes", &[b, h, t], codes.shape())?;
         check_shape("saved.codewords", &[h, codewords.len_of(Axis(1)), k], codewords.shape())?;
         inputs.check_arrays(self)?;
-        for saved in &heads {
+        for saved in heads {
             saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
         }
         check_shape("d_out", inputs.v.shape(), d_out.shape())?;
@@ -203,7 +203,7 @@ impl VqAttention {
         if !commit_weight.is_finite() {
             return Err(Error::invalid("commit_weight", "finite", commit_weight));
         }
-        let saved = BatchSaved { heads, codes, codewords };
+        estimator.validate()?;
         Ok(self.backward_unchecked(inputs, saved, d_out, estimator, commit_weight))
     }
 
@@ -242,12 +242,12 @@ impl VqAttention {
                 let head = inputs.head(n / h, n % h, &codes, &codewords);
                 let d_out = d_out.slice(s![n / h, n % h, .., ..]);
                 let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
-                let (codewords, biases) = blockwise::run_backward(self, &head, saved, d_out, rows); // (2)
+                let (mut d_c, biases) = blockwise::run_backward(self, &head, saved, d_out, rows); // (2)
                 let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
-                estimator.backward(keys, head.codes, head.codewords, d_k.view_mut()); // (1)
+                estimator.backward(keys, head.codes, head.codewords, d_k.view_mut(), d_c.view_mut()); // (1)
                 let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
                 commitment::add_gradient(keys, head.codes, head.codewords, mask, commit_scale, d_k); // (3)
-                (codewords, biases)
+                (d_c, biases)
             })
             .collect();
         for (n, (d_codewords, d_biases)) in of_heads.into_iter().enumerate() {

@@ -1,15 +1,19 @@
 //! Codewords that follow the keys: the exponential moving average of the paper.
 //!
 //! ```text
-//! (1) C = sums / max(counts, 0.01)                                 sums [S, K], counts [S], of each head
+//! (1) C = sums / divisors                                          sums [S, K], counts [S], of each head
+//!     divisors = max(counts, 0.01)                                 count clamp
+//!     divisors = (counts + e) / (n + S e) n,   n = sum counts      Laplace
 //! (2) sums   <- g sums   + (1 - g) sum_{j: z_j = s} k_j            g the decay
 //! (3) counts <- g counts + (1 - g) n_s
 //! ```
 //!
 //! A code that no key takes keeps its codeword, as (2) and (3) scale both alike, until its count falls below 0.01: after
-//! `ln(0.01 / count) / ln(g)` updates in a row. From then on its codeword shrinks towards zero by g per update.
+//! `ln(0.01 / count) / ln(g)` updates in a row. From then on its codeword shrinks towards zero by g per update. Under
+//! Laplace smoothing that happens around a count of e, gradually; the divisors of a head add up to what its counts do.
 //!
-//! Cost: H S K per update. Source: Transformer-VQ (Lingle, 2023, arXiv 2309.16354).
+//! Cost: H S K per update. Source: Transformer-VQ (Lingle, 2023, arXiv 2309.16354) for the clamp; VQ-VAE (van den Oord et
+//! al., 2017) in its usual implementation for Laplace smoothing, with e = 1e-5.
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis};
 
@@ -21,16 +25,51 @@ use crate::{Error, Scalar};
 /// Counts below this one do not divide.
 const LEAST_COUNT: f64 = 0.01;
 
+/// What keeps the division of sums by counts from going wrong where a code is not used.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[cfg_attr(
+    feature = "model",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields, rename_all = "snake_case")
+)]
+pub enum Smoothing {
+    /// Counts below 0.01 do not divide.
+    #[default]
+    CountClamp,
+    /// Counts move towards their mean.
+    Laplace {
+        /// e of (1): what is added to each count.
+        epsilon: f64,
+    },
+}
+
+impl Smoothing {
+    /// Checks the numbers in it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an epsilon that is not finite and above 0.
+    pub fn validate(self) -> Result<(), Error> {
+        match self {
+            Smoothing::Laplace { epsilon } if !(epsilon.is_finite() && epsilon > 0.0) => {
+                Err(Error::invalid("epsilon", "finite and above 0", epsilon))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The moving sums of keys and counts per code: the state from which the codewords are derived.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ema<T> {
     sums: Array3<T>,   // [H, S, K]
     counts: Array2<T>, // [H, S]
     decay: f64,
+    smoothing: Smoothing,
 }
 
 impl<T: Scalar> Ema<T> {
-    /// A state to go on from: one of a checkpoint, say.
+    /// A state to go on from: one of a checkpoint, say. With the count clamp: see
+    /// [`with_smoothing`](Self::with_smoothing).
     ///
     /// # Shapes
     /// `sums` [H, S, K], `counts` [H, S].
@@ -49,9 +88,21 @@ impl<T: Scalar> Ema<T> {
         if !(0.0..=1.0).contains(&decay) {
             return Err(Error::invalid("decay", "from 0 to 1", decay));
         }
-        let ema = Self { sums, counts, decay };
-        check_codewords(ema.codewords().view())?;
-        Ok(ema)
+        Self { sums, counts, decay, smoothing: Smoothing::CountClamp }.checked()
+    }
+
+    /// The same sums and counts, divided in another way.
+    ///
+    /// # Errors
+    /// As [`Smoothing::validate`], and [`Error::NotFinite`] for codewords: those of a head without any count, under Laplace.
+    pub fn with_smoothing(self, smoothing: Smoothing) -> Result<Self, Error> {
+        smoothing.validate()?;
+        Self { smoothing, ..self }.checked()
+    }
+
+    fn checked(self) -> Result<Self, Error> {
+        check_codewords(self.codewords().view())?;
+        Ok(self)
     }
 
     /// Starts at the given codewords, each with a count of 1.
@@ -84,17 +135,40 @@ impl<T: Scalar> Ema<T> {
         self.decay
     }
 
+    /// How counts become divisors.
+    pub fn smoothing(&self) -> Smoothing {
+        self.smoothing
+    }
+
     /// The same state in another precision. Rounds to nearest: beyond the largest `f32` to infinity.
     pub fn cast<U: Scalar>(&self) -> Ema<U> {
         let cast = |x: T| U::from_f64(x.as_f64());
-        Ema { sums: self.sums.mapv(cast), counts: self.counts.mapv(cast), decay: self.decay }
+        let (sums, counts) = (self.sums.mapv(cast), self.counts.mapv(cast));
+        Ema { sums, counts, decay: self.decay, smoothing: self.smoothing }
     }
 
     /// (1).
     pub(super) fn codewords(&self) -> Array3<T> {
-        let least = T::from_f64(LEAST_COUNT);
-        let divisors = self.counts.mapv(|count| count.max(least));
-        &self.sums / &divisors.insert_axis(Axis(2))
+        &self.sums / &self.divisors().insert_axis(Axis(2))
+    }
+
+    /// What the sums are divided by [H, S].
+    fn divisors(&self) -> Array2<T> {
+        let mut divisors = self.counts.clone();
+        match self.smoothing {
+            Smoothing::CountClamp => {
+                let least = T::from_f64(LEAST_COUNT);
+                divisors.mapv_inplace(|count| count.max(least));
+            }
+            Smoothing::Laplace { epsilon } => {
+                for mut counts in divisors.outer_iter_mut() {
+                    let total: f64 = counts.iter().map(|count| count.as_f64()).sum();
+                    let factor = total / (total + counts.len() as f64 * epsilon);
+                    counts.mapv_inplace(|count| T::from_f64((count.as_f64() + epsilon) * factor));
+                }
+            }
+        }
+        divisors
     }
 
     /// (2) and (3); the state is left as it was if an error is returned.
@@ -107,7 +181,8 @@ impl<T: Scalar> Ema<T> {
         let mut counts = self.counts.clone();
         counts
             .zip_mut_with(&stats.counts(), |count, &n| *count = keep * *count + take * T::from_f64(n as f64));
-        *self = Self::new(sums, counts, self.decay)?;
+        check_finite("sums", sums.view())?;
+        *self = Self { sums, counts, ..*self }.checked()?;
         Ok(())
     }
 }

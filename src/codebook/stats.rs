@@ -7,15 +7,22 @@
 //! ```
 //!
 //! Statistics add up: those of micro-batches, of threads or of machines are merged, then used in one update. Sums are
-//! taken in the order sequence by sequence, position by position.
+//! taken in the order sequence by sequence, position by position, whatever the number of threads.
 //!
-//! Cost: N K per head.
+//! Cost: N K per head, one pass over the keys. The sums of one task's columns stay in the second-level cache.
 
-use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis};
+use ndarray::{
+    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
+};
+use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
+
+/// Columns of the sums that one task takes: a few cache lines of each key.
+const COLUMNS_PER_TASK: usize = 64;
 
 /// Sums of keys and counts per head and code, of the positions that count.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,13 +60,33 @@ impl<T: Scalar> CodeStats<T> {
         check_shape("codes", &[n_sequences, n_heads, len], codes.shape())?;
         check_mask(mask, n_sequences, len)?;
         check_codes(codes, n_codes)?;
-        check_finite("keys", keys)?;
         let mut stats = Self::zeros(n_heads, n_codes, d_k)?;
-        for (sequence, (keys, codes)) in keys.outer_iter().zip(codes.outer_iter()).enumerate() {
-            let mask = mask.as_ref().map(|mask| mask.row(sequence));
-            for (head, (keys, codes)) in keys.outer_iter().zip(codes.outer_iter()).enumerate() {
-                stats.accumulate(head, keys, codes, mask);
-            }
+        let mask_of = |sequence| mask.as_ref().map(|mask| mask.row(sequence));
+        // Columns are independent of each other: cut by them, every sum keeps the order of the keys.
+        stats.sums.axis_chunks_iter_mut(Axis(2), COLUMNS_PER_TASK).into_par_iter().enumerate().for_each(
+            |(task, mut sums)| {
+                let columns = task * COLUMNS_PER_TASK..d_k.min((task + 1) * COLUMNS_PER_TASK);
+                sums.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(head, mut sums)| {
+                    for sequence in 0..n_sequences {
+                        let keys = keys.slice(s![sequence, head, .., columns.clone()]);
+                        let codes = codes.slice(s![sequence, head, ..]);
+                        add_rows_by_code(keys, codes, mask_of(sequence), sums.view_mut());
+                    }
+                });
+            },
+        );
+        for ((sequence, head), codes) in
+            ndarray::indices((n_sequences, n_heads)).into_iter().zip(codes.rows())
+        {
+            count(
+                codes,
+                mask_of(sequence),
+                stats.counts.row_mut(head).as_slice_mut().expect("standard layout"),
+            );
+        }
+        // A key that is not finite makes a sum that is not; those that do not count are in no sum.
+        if mask.is_some() || !stats.sums.fold(true, |finite, sum| finite & sum.is_finite()) {
+            check_finite("keys", keys)?;
         }
         Ok(stats)
     }
@@ -118,15 +145,51 @@ impl<T: Scalar> CodeStats<T> {
         codes: ArrayView1<'_, u32>,
         mask: Option<ArrayView1<'_, bool>>,
     ) {
-        let mut sums = self.sums.index_axis_mut(Axis(0), head);
-        let mut counts = self.counts.row_mut(head);
+        let sums = self.sums.index_axis_mut(Axis(0), head);
         debug_assert_eq!(keys.dim(), (codes.len(), sums.ncols()));
-        for (j, (key, &code)) in keys.outer_iter().zip(codes).enumerate() {
-            if mask.is_none_or(|mask| mask[j]) {
-                counts[code as usize] += 1;
-                let mut sum = sums.row_mut(code as usize);
-                sum += &key;
-            }
+        add_rows_by_code(keys, codes, mask, sums);
+        count(codes, mask, self.counts.row_mut(head).into_slice().expect("standard layout"));
+    }
+}
+
+/// The sums of (1): adds each row to the row of `sums` that its code names, in the order of the rows.
+///
+/// # Shapes
+/// `rows` [N, K], `codes` and `mask` `[N]`, `sums` [S, K], of any strides.
+pub(super) fn add_rows_by_code<T: Scalar>(
+    rows: ArrayView2<'_, T>,
+    codes: ArrayView1<'_, u32>,
+    mask: Option<ArrayView1<'_, bool>>,
+    sums: ArrayViewMut2<'_, T>,
+) {
+    debug_assert_eq!(rows.dim(), (codes.len(), sums.ncols()));
+    on_best_simd!(add_rows(rows, codes, mask, sums));
+}
+
+#[inline(always)]
+fn add_rows<T: Scalar>(
+    rows: ArrayView2<'_, T>,
+    codes: ArrayView1<'_, u32>,
+    mask: Option<ArrayView1<'_, bool>>,
+    mut sums: ArrayViewMut2<'_, T>,
+) {
+    for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
+        if mask.is_some_and(|mask| !mask[j]) {
+            continue;
+        }
+        let mut sum = sums.row_mut(code as usize);
+        match (sum.as_slice_mut(), row.to_slice()) {
+            (Some(sum), Some(row)) => sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x),
+            _ => sum += &row,
+        }
+    }
+}
+
+/// The counts of (1), added.
+fn count(codes: ArrayView1<'_, u32>, mask: Option<ArrayView1<'_, bool>>, counts: &mut [u64]) {
+    for (j, &code) in codes.iter().enumerate() {
+        if mask.is_none_or(|mask| mask[j]) {
+            counts[code as usize] += 1;
         }
     }
 }

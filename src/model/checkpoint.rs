@@ -6,8 +6,13 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `model.<parameter>` | as in [`Parameters`] | for example `model.layers.0.w_q` |
-//! | `codebooks.<unit>.sums` | [H, S, K] | moving averages |
+//! | `codebooks.<unit>.sums` | [H, S, K] | of moving averages |
 //! | `codebooks.<unit>.counts` | [H, S] | |
+//! | `codebooks.<unit>.basis` | [H, S, f] | of a linear codebook, if frozen |
+//! | `codebooks.<unit>.codewords` | [H, S, K] | of a frozen codebook |
+//!
+//! What the optimizer moves of a codebook is among the parameters. A configuration without `learning` and `estimator`, as older
+//! ones are, means moving averages with the count clamp, and straight-through.
 //!
 //! Training adds its own; a model can be loaded from either. The tensor file repeats the configuration in its metadata, key
 //! `model`, so that a file of another model is told even where the shapes agree.
@@ -15,12 +20,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ndarray::{ArrayD, ArrayView, Dimension, Ix2, Ix3};
+use ndarray::{Array3, ArrayD, ArrayView, Dimension, Ix2, Ix3};
 use serde::{Deserialize, Serialize};
 
 use super::tensor_file::{Tensor, TensorFile};
-use super::{ModelConfig, Parameters, Transformer, write_atomically};
-use crate::codebook::{Codebook, Ema, Learning};
+use super::{LearningConfig, ModelConfig, Parameters, Transformer, write_atomically};
+use crate::codebook::{Basis, Ema, Learning};
+use crate::error::check_finite;
 use crate::{Error, Scalar};
 
 /// Raised whenever an older reader would misread what is written.
@@ -72,10 +78,20 @@ pub(crate) fn write<'a, T: Scalar>(
     training: Option<serde_json::Value>,
 ) -> Result<(), Error> {
     let mut tensors = named("model", model.parameters())?;
-    for (i, codebook) in model.codebooks().iter().enumerate() {
-        let Learning::Ema(ema) = codebook.learning();
-        tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
-        tensors.push(tensor(format!("codebooks.{i}.counts"), ema.counts())?);
+    for (i, learning) in model.learning().iter().enumerate() {
+        match learning {
+            Learning::Ema(ema) => {
+                tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
+                tensors.push(tensor(format!("codebooks.{i}.counts"), ema.counts())?);
+            }
+            Learning::Linear(Basis::Frozen(basis)) => {
+                tensors.push(tensor(format!("codebooks.{i}.basis"), basis.view())?);
+            }
+            Learning::Frozen(codewords) => {
+                tensors.push(tensor(format!("codebooks.{i}.codewords"), codewords.view())?);
+            }
+            Learning::Gradient | Learning::Linear(Basis::Learned) => {}
+        }
     }
     tensors.extend(more);
     let config = serde_json::to_string(model.config())
@@ -176,18 +192,35 @@ pub(crate) fn file_error(path: PathBuf, problem: String) -> Error {
 /// The model of an open checkpoint.
 pub(crate) fn read_model<T: Scalar>(config: ModelConfig, file: &TensorFile) -> Result<Transformer<T>, Error> {
     let parameters = read_parameters("model", &config, file)?;
-    let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = config;
-    let codebook = |i: usize| {
-        let sums: ArrayD<T> = file.array(&format!("codebooks.{i}.sums"), &[n_heads, n_codes, d_k])?;
-        let counts: ArrayD<T> = file.array(&format!("codebooks.{i}.counts"), &[n_heads, n_codes])?;
-        let sums = sums.into_dimensionality::<Ix3>().expect("its shape has been checked");
-        let counts = counts.into_dimensionality::<Ix2>().expect("its shape has been checked");
-        let ema = Ema::new(sums, counts, codebook_decay);
-        let ema = ema.map_err(|e| file_error(file.path().into(), format!("codebooks.{i}: {e}")))?;
-        Ok(Codebook::ema(ema))
+    let learning = (0..config.n_layers).map(|i| read_learning(&config, i, file));
+    let learning = learning.collect::<Result<_, Error>>()?;
+    let model = Transformer::from_parts(config, parameters, learning);
+    model.map_err(|e| file_error(file.path().into(), e.to_string()))
+}
+
+/// What the optimizer does not move of the codebook of unit i.
+fn read_learning<T: Scalar>(config: &ModelConfig, i: usize, file: &TensorFile) -> Result<Learning<T>, Error> {
+    let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = *config;
+    let wrong = |e: Error| file_error(file.path().into(), format!("codebooks.{i}: {e}"));
+    let table = |name: &str, width: usize| -> Result<Array3<T>, Error> {
+        let array: ArrayD<T> = file.array(&format!("codebooks.{i}.{name}"), &[n_heads, n_codes, width])?;
+        Ok(array.into_dimensionality::<Ix3>().expect("its shape has been checked"))
     };
-    let codebooks = (0..config.n_layers).map(codebook).collect::<Result<_, Error>>()?;
-    Transformer::from_parts(config, parameters, codebooks)
+    let finite = |table: Array3<T>| check_finite("codebook", table.view()).map(|()| table).map_err(wrong);
+    Ok(match config.learning {
+        LearningConfig::Ema { smoothing } => {
+            let counts: ArrayD<T> = file.array(&format!("codebooks.{i}.counts"), &[n_heads, n_codes])?;
+            let counts = counts.into_dimensionality::<Ix2>().expect("its shape has been checked");
+            let ema = Ema::new(table("sums", d_k)?, counts, codebook_decay);
+            Learning::Ema(ema.and_then(|ema| ema.with_smoothing(smoothing)).map_err(wrong)?)
+        }
+        LearningConfig::Gradient(_) => Learning::Gradient,
+        LearningConfig::Linear { learned_basis: true, .. } => Learning::Linear(Basis::Learned),
+        LearningConfig::Linear { d_basis, .. } => {
+            Learning::Linear(Basis::Frozen(finite(table("basis", d_basis)?)?))
+        }
+        LearningConfig::Frozen => Learning::Frozen(finite(table("codewords", d_k)?)?),
+    })
 }
 
 /// The arrays that [`named`] has written.

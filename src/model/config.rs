@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::attention::VqAttention;
+use crate::codebook::{Estimator, Smoothing};
 use crate::error::checked_len;
 
 /// A Transformer-VQ language model: a stack of gated units with linear-time attention.
@@ -46,8 +47,68 @@ pub struct ModelConfig {
     pub position_lambda: f64,
     /// Weight of the commitment loss in the total.
     pub commit_weight: f64,
-    /// How much of its past a codebook keeps at each update.
+    /// How much of its past a codebook that learns by moving averages keeps at each update.
     pub codebook_decay: f64,
+    /// How codebooks learn.
+    #[serde(default)]
+    pub learning: LearningConfig,
+    /// How gradients pass from quantized keys to keys.
+    #[serde(default)]
+    pub estimator: Estimator,
+}
+
+/// How the codebooks of a model learn: see [`Learning`](crate::codebook::Learning).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum LearningConfig {
+    /// Moving averages of keys, by `codebook_decay`.
+    Ema {
+        /// How counts become divisors.
+        smoothing: Smoothing,
+    },
+    /// Codewords are parameters.
+    Gradient(CodewordGradient),
+    /// Codewords are a basis times a matrix (SimVQ).
+    Linear {
+        /// f, width of the basis.
+        d_basis: usize,
+        /// Whether the basis learns as well.
+        learned_basis: bool,
+        /// Whether a bias is added.
+        bias: bool,
+        /// What moves the codewords.
+        gradient: CodewordGradient,
+    },
+    /// Codewords stay as they began.
+    Frozen,
+}
+
+/// What moves codewords that learn by gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodewordGradient {
+    /// Weight of the codebook loss in the total.
+    pub codebook_weight: f64,
+    /// Whether attention's own gradient moves the codewords too: as what queries are compared with, not only as what stands
+    /// near the keys.
+    pub from_attention: bool,
+}
+
+impl Default for LearningConfig {
+    /// The paper's, which older checkpoints were written with.
+    fn default() -> Self {
+        LearningConfig::Ema { smoothing: Smoothing::CountClamp }
+    }
+}
+
+impl LearningConfig {
+    /// What moves the codewords, if they learn by gradient.
+    pub(super) fn gradient(&self) -> Option<CodewordGradient> {
+        match self {
+            LearningConfig::Gradient(gradient) | LearningConfig::Linear { gradient, .. } => Some(*gradient),
+            LearningConfig::Ema { .. } | LearningConfig::Frozen => None,
+        }
+    }
 }
 
 impl Default for ModelConfig {
@@ -69,6 +130,8 @@ impl Default for ModelConfig {
             position_lambda: 1e5,
             commit_weight: 1e-4,
             codebook_decay: 0.99,
+            learning: LearningConfig::default(),
+            estimator: Estimator::StraightThrough,
         }
     }
 }
@@ -109,6 +172,22 @@ impl ModelConfig {
         if !(0.0..=1.0).contains(&self.codebook_decay) {
             return Err(Error::invalid("codebook_decay", "between 0 and 1", self.codebook_decay));
         }
+        self.estimator.validate()?;
+        if let LearningConfig::Ema { smoothing } = self.learning {
+            smoothing.validate()?;
+        }
+        if let Some(CodewordGradient { codebook_weight, .. }) = self.learning.gradient()
+            && !(codebook_weight.is_finite() && codebook_weight >= 0.0)
+        {
+            return Err(Error::invalid("codebook_weight", "finite and not negative", codebook_weight));
+        }
+        if let LearningConfig::Linear { d_basis, .. } = self.learning {
+            if d_basis == 0 || d_basis > u32::MAX as usize {
+                return Err(Error::invalid("d_basis", "between 1 and 2^32 - 1", d_basis));
+            }
+            checked_len("bases", &[self.n_layers, self.n_heads, self.n_codes, d_basis])?;
+            checked_len("codebook weights", &[self.n_layers, self.n_heads, self.d_k, d_basis])?;
+        }
         let widest = self.d_k.max(self.d_v);
         checked_len("embedding", &[self.vocab_size, self.d_model])?;
         checked_len("projections", &[self.n_layers, self.d_model, self.n_heads, widest])?;
@@ -117,7 +196,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Learned numbers of such a model, without its codebooks.
+    /// Numbers that the optimizer moves in such a model: without codebooks that learn otherwise.
     pub fn n_parameters(&self) -> u128 {
         // Sizes of an invalid configuration may have no product: the sum is then as large as can be.
         let size =
@@ -133,6 +212,15 @@ impl ModelConfig {
             if self.final_norm { size(&[2, d]) } else { 0 },
             if self.tied_embedding { 0 } else { size(&[d, vocab]) },
             size(&[vocab]),
+            match self.learning {
+                LearningConfig::Ema { .. } | LearningConfig::Frozen => 0,
+                LearningConfig::Gradient(_) => size(&[n, h, self.n_codes, self.d_k]),
+                LearningConfig::Linear { d_basis, learned_basis, bias, .. } => {
+                    let basis = if learned_basis { size(&[n, h, self.n_codes, d_basis]) } else { 0 };
+                    let bias = if bias { size(&[n, h, self.d_k]) } else { 0 };
+                    size(&[n, h, self.d_k, d_basis]).saturating_add(basis).saturating_add(bias)
+                }
+            },
         ];
         parts.into_iter().fold(0, u128::saturating_add)
     }

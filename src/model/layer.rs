@@ -14,11 +14,11 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 
-use super::ModelConfig;
 use super::parameters::{LayerParameters, NormParameters};
+use super::{CodewordGradient, ModelConfig};
 use crate::attention::{AttentionState, BatchBiases, BatchInputs, BatchOutput, BatchSaved};
 use crate::codebook::packed::Table;
-use crate::codebook::{CodeStats, Codebook, Estimator};
+use crate::codebook::{CodeStats, Learning, codebook_loss};
 use crate::ops::matmul::add_product;
 use crate::ops::{linear, rms_norm, silu};
 use crate::{Error, Scalar};
@@ -32,6 +32,8 @@ pub(super) struct Saved<T> {
     projected: Projected<T>,
     out: Array2<T>,
     attention: BatchSaved<T>,
+    /// If the codebook learns by gradient.
+    stats: Option<CodeStats<T>>,
 }
 
 #[derive(Debug, Clone)]
@@ -66,7 +68,7 @@ impl<T: Scalar> Prepared<T> {
     pub fn new(
         config: &ModelConfig,
         parameters: &LayerParameters<T>,
-        codebook: &Codebook<T>,
+        learning: &Learning<T>,
         distances: ArrayView2<'_, T>,
     ) -> Result<Self, Error> {
         let scale = T::from_f64(config.key_scale());
@@ -77,7 +79,7 @@ impl<T: Scalar> Prepared<T> {
             content: &parameters.content_bias * scale,
             position: &parameters.position_bias * scale,
             relative: relative.permuted_axes([1, 0, 2]),
-            table: Table::new(codebook.codewords()),
+            table: Table::new(learning.codewords(&parameters.codebook)),
         })
     }
 }
@@ -105,6 +107,7 @@ fn split<T: Scalar>(output: BatchOutput<T>) -> (Array2<T>, LayerReport<T>) {
 pub(super) struct Layer<'a, T> {
     pub config: &'a ModelConfig,
     pub parameters: &'a LayerParameters<T>,
+    pub learning: &'a Learning<T>,
     pub prepared: &'a Prepared<T>,
 }
 
@@ -125,7 +128,8 @@ impl<T: Scalar> Layer<'_, T> {
             self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states);
         let (out, report) = split(output);
         let y = self.gate(&x, &out, &projected)?;
-        Ok((y, report, Saved { x, norm, projected, out, attention }))
+        let stats = self.config.learning.gradient().map(|_| report.stats.clone());
+        Ok((y, report, Saved { x, norm, projected, out, attention, stats }))
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, and nothing is saved.
@@ -153,7 +157,7 @@ impl<T: Scalar> Layer<'_, T> {
         distances: ArrayView2<'_, T>,
         d: &mut LayerParameters<T>,
     ) -> Result<Array2<T>, Error> {
-        let Saved { x, norm, projected, out, attention } = saved;
+        let Saved { x, norm, projected, out, attention, stats } = saved;
         let (p, n_heads, scale) = (self.parameters, self.config.n_heads, self.scale());
         // (5)
         let gated = silu::gate(out.view(), projected.gate.view())?;
@@ -163,10 +167,18 @@ impl<T: Scalar> Layer<'_, T> {
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&activated, batch, mask);
         let d_out = self.per_head(&d_out, batch);
-        let weight = self.config.commit_weight;
-        let estimator = Estimator::StraightThrough;
+        let (weight, estimator) = (self.config.commit_weight, self.config.estimator);
         let d_attention =
             self.config.attention.backward_unchecked(&inputs, attention, d_out, estimator, weight);
+        if let (Some(gradient), Some(stats)) = (self.config.learning.gradient(), stats) {
+            let CodewordGradient { codebook_weight, from_attention } = gradient;
+            let codewords = self.prepared.table.codewords.view();
+            let mut d_codewords = codebook_loss::gradient(&stats, codewords, codebook_weight);
+            if from_attention {
+                d_codewords += &d_attention.codewords;
+            }
+            self.learning.backward(&p.codebook, d_codewords.view(), &mut d.codebook);
+        }
         // (3)
         let d_biases = d_attention.biases.as_ref().expect("the unit has biases");
         d.content_bias.scaled_add(scale, &d_biases.content);

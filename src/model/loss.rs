@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! (1)  loss  = mean over positions that count of -log softmax(logits)[target]
-//! (2)  total = loss + commit_weight * sum over units of their commitment loss
+//! (2)  total = loss + (commit_weight + codebook_weight) * sum over units of their commitment loss
 //! ```
+//!
+//! The codebook loss, of codewords that learn by gradient, is the same number as the commitment loss, and has another gradient:
+//! one moves codewords to keys, the other keys to codewords, each by its own weight. `codebook_weight` is 0 for other codebooks.
 
 use ndarray::ArrayView2;
 
@@ -62,7 +65,8 @@ impl<T: Scalar> Transformer<T> {
         let d_logits = d_logits.into_shape_with_order((b, t, vocab)).expect("contiguous");
         self.backward(saved, d_logits, &mut gradients)?;
         let commit_loss = layers.iter().map(|layer| layer.commit_loss).sum();
-        let total = loss + self.config().commit_weight * commit_loss; // (2)
+        let codebook_weight = self.config().learning.gradient().map_or(0.0, |by| by.codebook_weight);
+        let total = loss + (self.config().commit_weight + codebook_weight) * commit_loss; // (2)
         Ok(LossAndGradients { loss, commit_loss, total, gradients, layers })
     }
 }

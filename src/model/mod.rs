@@ -9,6 +9,7 @@
 
 mod atomic_file;
 pub(crate) mod checkpoint;
+mod codebooks;
 mod config;
 mod layer;
 mod loss;
@@ -20,7 +21,7 @@ mod tensor_file;
 mod transformer;
 
 pub use atomic_file::write_atomically;
-pub use config::ModelConfig;
+pub use config::{CodewordGradient, LearningConfig, ModelConfig};
 pub use layer::LayerReport;
 pub use loss::LossAndGradients;
 pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};

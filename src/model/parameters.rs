@@ -1,14 +1,15 @@
 //! The learned arrays of a model. Parameters, gradients and optimizer moments are one struct type.
 
-use ndarray::{Array1, Array2, ArrayView, ArrayViewD, ArrayViewMut, ArrayViewMutD, Dimension};
+use ndarray::{Array, Array1, Array2, Array3, ArrayView, ArrayViewD, ArrayViewMut, ArrayViewMutD, Dimension};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use super::ModelConfig;
+use super::{LearningConfig, ModelConfig};
+use crate::codebook::CodebookParameters;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
-/// Everything that the optimizer moves. Codebooks are not among it: they learn by moving averages.
+/// Everything that the optimizer moves. Codebooks that learn by moving averages are not among it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parameters<T> {
     /// [vocab, D].
@@ -46,6 +47,8 @@ pub struct LayerParameters<T> {
     pub content_bias: Array2<T>,
     /// w [H, K], before its factor K^(-1/4).
     pub position_bias: Array2<T>,
+    /// Of the codebook, if it learns by gradient.
+    pub codebook: CodebookParameters<T>,
 }
 
 /// Gain and bias of an RMS norm.
@@ -98,6 +101,15 @@ impl Parameters<f32> {
             for (matrix, fan_in) in matrices {
                 fill_normal(matrix, (fan_in as f64).sqrt().recip(), rng);
             }
+            // Codewords start about as long as keys are; see `codebooks`.
+            let CodebookParameters { codewords, basis, weight, .. } = &mut layer.codebook;
+            if let Some(basis) = basis {
+                let deviation = (basis.dim().2 as f64).sqrt().recip();
+                fill_normal(basis, deviation, rng);
+            }
+            for scaled in [codewords, weight].into_iter().flatten() {
+                fill_normal(scaled, config.key_scale(), rng);
+            }
         }
         if let Some(norm) = &mut parameters.final_norm {
             norm.gain.fill(1.0);
@@ -109,8 +121,9 @@ impl Parameters<f32> {
     }
 }
 
-fn fill_normal(matrix: &mut Array2<f32>, deviation: f64, rng: &mut ChaCha8Rng) {
-    matrix.mapv_inplace(|_| (deviation * standard_normal(rng)) as f32);
+/// Numbers from N(0, deviation^2).
+pub(super) fn fill_normal<D: Dimension>(array: &mut Array<f32, D>, deviation: f64, rng: &mut ChaCha8Rng) {
+    array.mapv_inplace(|_| (deviation * standard_normal(rng)) as f32);
 }
 
 /// A number from N(0, 1) (Box and Muller).
@@ -134,6 +147,7 @@ impl<T: Scalar> Parameters<T> {
             w_out: Array2::zeros((n_heads * d_v, d_model)),
             content_bias: Array2::zeros((n_heads, d_k)),
             position_bias: Array2::zeros((n_heads, d_k)),
+            codebook: zero_codebook(config),
         };
         Parameters {
             embedding: Array2::zeros((vocab_size, d_model)),
@@ -165,6 +179,9 @@ impl<T: Scalar> Parameters<T> {
             add("w_out", true, dynamic(&layer.w_out));
             add("content_bias", false, dynamic(&layer.content_bias));
             add("position_bias", false, dynamic(&layer.position_bias));
+            for (name, value) in layer.codebook.views() {
+                add(&format!("codebook.{name}"), false, value);
+            }
         }
         if let Some(norm) = &self.final_norm {
             add("final_norm.gain".into(), false, dynamic(&norm.gain));
@@ -195,6 +212,7 @@ impl<T: Scalar> Parameters<T> {
                 dynamic_mut(&mut layer.content_bias),
                 dynamic_mut(&mut layer.position_bias),
             ]);
+            values.extend(layer.codebook.views_mut().into_iter().map(|(_, value)| value));
         }
         if let Some(norm) = &mut self.final_norm {
             values.extend([dynamic_mut(&mut norm.gain), dynamic_mut(&mut norm.bias)]);
@@ -230,6 +248,24 @@ impl<T: Scalar> Parameters<T> {
             to.value.zip_mut_with(&from.value, |to, from| *to = U::from_f64(from.as_f64()));
         }
         cast
+    }
+}
+
+/// What the optimizer moves of a codebook, all zero.
+fn zero_codebook<T: Scalar>(config: &ModelConfig) -> CodebookParameters<T> {
+    let ModelConfig { n_heads, n_codes, d_k, .. } = *config;
+    match config.learning {
+        LearningConfig::Ema { .. } | LearningConfig::Frozen => CodebookParameters::default(),
+        LearningConfig::Gradient(_) => CodebookParameters {
+            codewords: Some(Array3::zeros((n_heads, n_codes, d_k))),
+            ..CodebookParameters::default()
+        },
+        LearningConfig::Linear { d_basis, learned_basis, bias, .. } => CodebookParameters {
+            codewords: None,
+            basis: learned_basis.then(|| Array3::zeros((n_heads, n_codes, d_basis))),
+            weight: Some(Array3::zeros((n_heads, d_k, d_basis))),
+            bias: bias.then(|| Array2::zeros((n_heads, d_k))),
+        },
     }
 }
 

@@ -20,9 +20,9 @@ use ndarray::{Array, ArrayD, Axis, Dimension, concatenate, s};
 use serde::Deserialize;
 
 use super::parameters::{LayerParameters, NormParameters, Parameters};
-use super::{ModelConfig, Transformer};
+use super::{LearningConfig, ModelConfig, Transformer};
 use crate::attention::VqAttention;
-use crate::codebook::{Codebook, Ema, Learning};
+use crate::codebook::{Ema, Estimator, Learning};
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
@@ -86,24 +86,47 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
         position_lambda: published.pe_lam,
         commit_weight: published.c_beta,
         codebook_decay: published.c_gamma,
+        learning: LearningConfig::default(),
+        estimator: Estimator::StraightThrough,
     };
     config.validate()?;
     Ok(config)
 }
 
 /// A model's parameters and codebook states by their published names.
-pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Tensors<T> {
-    let mut tensors = parameters_to_tensors(model.config(), model.parameters());
-    for (i, codebook) in model.codebooks().iter().enumerate() {
-        let Learning::Ema(ema) = codebook.learning();
+///
+/// # Errors
+/// [`Error::Invalid`] for codebooks that do not learn as the published ones do: by moving averages with the count clamp. There
+/// are no names for others.
+pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error> {
+    let mut tensors = parameters_to_tensors(model.config(), model.parameters())?;
+    for (i, learning) in model.learning().iter().enumerate() {
+        let Learning::Ema(ema) = learning else { return Err(other_learning(model.config())) };
         tensors.insert(format!("{}.quantizer.c_sum", unit(i)), ema.sums().to_owned().into_dyn());
         tensors.insert(format!("{}.quantizer.c_count", unit(i)), ema.counts().to_owned().into_dyn());
     }
-    tensors
+    Ok(tensors)
+}
+
+/// Checks that codebooks learn as the published ones do.
+fn check_learning(config: &ModelConfig) -> Result<(), Error> {
+    if config.learning == LearningConfig::default() { Ok(()) } else { Err(other_learning(config)) }
+}
+
+fn other_learning(config: &ModelConfig) -> Error {
+    let expected = "moving averages with the count clamp: the published names know no others";
+    Error::invalid("learning", expected, format!("{:?}", config.learning))
 }
 
 /// Parameters, or their gradients, by their published names.
-pub fn parameters_to_tensors<T: Scalar>(config: &ModelConfig, parameters: &Parameters<T>) -> Tensors<T> {
+///
+/// # Errors
+/// As [`to_tensors`].
+pub fn parameters_to_tensors<T: Scalar>(
+    config: &ModelConfig,
+    parameters: &Parameters<T>,
+) -> Result<Tensors<T>, Error> {
+    check_learning(config)?;
     let mut tensors = Tensors::new();
     let mut add = |name: String, array: ArrayD<T>| tensors.insert(name, array);
     add("token_embedder.embs".into(), parameters.embedding.clone().into_dyn());
@@ -138,19 +161,20 @@ pub fn parameters_to_tensors<T: Scalar>(config: &ModelConfig, parameters: &Param
         add("v", flat(&layer.position_bias));
     }
     debug_assert_eq!(parameters.layers.len(), config.n_layers);
-    tensors
+    Ok(tensors)
 }
 
 /// A model from arrays by their published names.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a name that is missing or that the configuration does not have, [`Error::Shape`], and as
-/// [`ModelConfig::validate`].
+/// [`Error::Invalid`] for a name that is missing or that the configuration does not have, [`Error::Shape`], as [`to_tensors`],
+/// and as [`ModelConfig::validate`].
 pub fn from_tensors<T: Scalar>(
     config: ModelConfig,
     mut tensors: Tensors<T>,
 ) -> Result<Transformer<T>, Error> {
     config.validate()?;
+    check_learning(&config)?;
     let mut parameters = Parameters::zeros(&config);
     let source = &mut tensors;
     take(source, "token_embedder.embs", &mut parameters.embedding)?;
@@ -168,7 +192,7 @@ pub fn from_tensors<T: Scalar>(
         take(source, "out_ln.g", gain)?;
         take(source, "out_ln.b", bias)?;
     }
-    let mut codebooks = vec![];
+    let mut learning = vec![];
     for (i, layer) in parameters.layers.iter_mut().enumerate() {
         take_unit(source, i, &config, layer)?;
         let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = config;
@@ -176,13 +200,13 @@ pub fn from_tensors<T: Scalar>(
             (ndarray::Array3::zeros((n_heads, n_codes, d_k)), ndarray::Array2::zeros((n_heads, n_codes)));
         take(source, &format!("{}.quantizer.c_sum", unit(i)), &mut sums)?;
         take(source, &format!("{}.quantizer.c_count", unit(i)), &mut counts)?;
-        codebooks.push(Codebook::ema(Ema::new(sums, counts, codebook_decay)?));
+        learning.push(Learning::Ema(Ema::new(sums, counts, codebook_decay)?));
     }
     match tensors.first_key_value() {
         Some((name, _)) => {
             Err(Error::invalid("tensors", "those of the configuration", format!("also `{name}`")))
         }
-        None => Transformer::from_parts(config, parameters, codebooks),
+        None => Transformer::from_parts(config, parameters, learning),
     }
 }
 

@@ -13,9 +13,9 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::layer::{self, Layer, LayerReport};
-use super::parameters::{NormParameters, ParameterMut, Parameters, standard_normal};
-use super::{ModelConfig, ModelState, Prepared};
-use crate::codebook::{CodeStats, Codebook, Ema};
+use super::parameters::{NormParameters, ParameterMut, Parameters};
+use super::{ModelConfig, ModelState, Prepared, codebooks};
+use crate::codebook::{CodeStats, Codebook, Learning};
 use crate::error::{check_finite, check_shape};
 use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
@@ -39,8 +39,8 @@ pub struct Transformer<T = f32> {
     config: ModelConfig,
     /// What the optimizer moves.
     parameters: Parameters<T>,
-    /// One per unit.
-    codebooks: Vec<Codebook<T>>,
+    /// The rest of the codebooks, one per unit.
+    learning: Vec<Learning<T>>,
 }
 
 /// What backward needs of forward.
@@ -64,36 +64,28 @@ impl Transformer<f32> {
         config.validate()?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let parameters = Parameters::random(&config, &mut rng);
-        let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = config;
-        let codebook = |_| {
-            let ema = Ema::random(n_heads, n_codes, d_k, codebook_decay, || standard_normal(&mut rng));
-            ema.map(Codebook::ema)
-        };
-        let codebooks = (0..config.n_layers).map(codebook).collect::<Result<_, _>>()?;
-        Ok(Transformer { config, parameters, codebooks })
+        let learning =
+            (0..config.n_layers).map(|_| codebooks::begin(&config, &mut rng)).collect::<Result<_, _>>()?;
+        Ok(Transformer { config, parameters, learning })
     }
 }
 
 impl<T: Scalar> Transformer<T> {
-    /// A model from its parts.
+    /// A model from its parts: `learning`, one per unit, is what the optimizer does not move of the codebooks.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an array that does not belong to the configuration, [`Error::NotFinite`], and what
-    /// [`ModelConfig::validate`] says.
+    /// [`Error::Shape`] for an array that does not belong to the configuration, [`Error::NotFinite`], [`Error::Invalid`] for
+    /// codebooks that learn otherwise than it says, and what [`ModelConfig::validate`] says.
     pub fn from_parts(
         config: ModelConfig,
         parameters: Parameters<T>,
-        codebooks: Vec<Codebook<T>>,
+        learning: Vec<Learning<T>>,
     ) -> Result<Self, Error> {
         config.validate()?;
         Parameters::zeros(&config).check_like("parameters", &parameters)?;
         parameters.views().iter().try_for_each(|p| check_finite("parameters", p.value.view()))?;
-        check_shape("codebooks", &[config.n_layers], &[codebooks.len()])?;
-        for codebook in &codebooks {
-            let got = [codebook.n_heads(), codebook.n_codes(), codebook.d_k()];
-            check_shape("codebooks", &[config.n_heads, config.n_codes, config.d_k], &got)?;
-        }
-        Ok(Transformer { config, parameters, codebooks })
+        codebooks::check(&config, &parameters, &learning)?;
+        Ok(Transformer { config, parameters, learning })
     }
 
     /// The same model in another precision: in `f64`, to check gradients.
@@ -101,7 +93,7 @@ impl<T: Scalar> Transformer<T> {
         Transformer {
             config: self.config.clone(),
             parameters: self.parameters.cast(&self.config),
-            codebooks: self.codebooks.iter().map(Codebook::cast).collect(),
+            learning: self.learning.iter().map(Learning::cast).collect(),
         }
     }
 
@@ -125,9 +117,17 @@ impl<T: Scalar> Transformer<T> {
         Parameters::zeros(&self.config)
     }
 
-    /// One per unit.
-    pub fn codebooks(&self) -> &[Codebook<T>] {
-        &self.codebooks
+    /// How every unit's codebook learns, and what the optimizer does not move of it.
+    pub fn learning(&self) -> &[Learning<T>] {
+        &self.learning
+    }
+
+    /// Copies of the codebooks as they are now, one per unit.
+    pub fn codebooks(&self) -> Vec<Codebook<T>> {
+        let parts = self.learning.iter().zip(&self.parameters.layers);
+        parts
+            .map(|(learning, layer)| Codebook::from_parts(learning.clone(), layer.codebook.clone()))
+            .collect()
     }
 
     /// The same weights, with keys beyond the window seen or not: what the compressive cache is worth.
@@ -145,7 +145,7 @@ impl<T: Scalar> Transformer<T> {
             return Err(Error::Empty { what: "batch" });
         }
         let new = |codebook| self.config.attention.new_states(batch, codebook, self.config.d_v);
-        Ok(ModelState { layers: self.codebooks.iter().map(new).collect::<Result<_, _>>()? })
+        Ok(ModelState { layers: self.codebooks().iter().map(new).collect::<Result<_, _>>()? })
     }
 
     /// Logits of a piece [B, T, vocab] and what backward needs; `state` moves from before the piece to after it.
@@ -190,7 +190,7 @@ impl<T: Scalar> Transformer<T> {
         Ok((logits, reports, saved))
     }
 
-    /// Gradients of `sum(d_logits * logits)` plus the weighted commitment losses, added to `gradients`.
+    /// Gradients of `sum(d_logits * logits)` plus the weighted commitment and codebook losses, added to `gradients`.
     ///
     /// # Shapes
     /// `d_logits` [B, T, vocab].
@@ -265,16 +265,21 @@ impl<T: Scalar> Transformer<T> {
         Ok(self.prepare()?.push(tokens, state)?.0)
     }
 
-    /// Lets every codebook learn from the statistics of one step: its micro-batches merged, one per unit.
+    /// Lets every codebook that learns by moving averages learn from the statistics of one step: its micro-batches merged, one
+    /// per unit.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`]. Then no codebook has moved.
     pub fn update_codebooks(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
-        check_shape("stats", &[self.codebooks.len()], &[stats.len()])?;
+        let ModelConfig { n_heads, n_codes, d_k, .. } = self.config;
+        check_shape("stats", &[self.learning.len()], &[stats.len()])?;
         // All or none.
-        let mut updated = self.codebooks.clone();
-        updated.iter_mut().zip(stats).try_for_each(|(codebook, stats)| codebook.update(stats))?;
-        self.codebooks = updated;
+        let mut updated = self.learning.clone();
+        for (learning, stats) in updated.iter_mut().zip(stats) {
+            check_shape("stats", &[n_heads, n_codes, d_k], stats.sums().shape())?;
+            learning.update(stats)?;
+        }
+        self.learning = updated;
         Ok(())
     }
 
@@ -287,9 +292,9 @@ impl<T: Scalar> Transformer<T> {
         &self,
         distances: ArrayView2<'_, T>,
     ) -> Result<Vec<layer::Prepared<T>>, Error> {
-        let parts = self.parameters.layers.iter().zip(&self.codebooks);
-        let prepare = |(parameters, codebook)| {
-            layer::Prepared::new(&self.config, parameters, codebook, distances.view())
+        let parts = self.parameters.layers.iter().zip(&self.learning);
+        let prepare = |(parameters, learning)| {
+            layer::Prepared::new(&self.config, parameters, learning, distances.view())
         };
         parts.map(prepare).collect()
     }
@@ -298,8 +303,9 @@ impl<T: Scalar> Transformer<T> {
         &'s self,
         prepared: &'s [layer::Prepared<T>],
     ) -> impl DoubleEndedIterator<Item = Layer<'s, T>> + ExactSizeIterator {
-        let parts = self.parameters.layers.iter().zip(prepared);
-        parts.map(|(parameters, prepared)| Layer { config: &self.config, parameters, prepared })
+        let parts = self.parameters.layers.iter().zip(&self.learning).zip(prepared);
+        let config = &self.config;
+        parts.map(move |((parameters, learning), prepared)| Layer { config, parameters, learning, prepared })
     }
 
     pub(super) fn check(&self, tokens: ArrayView2<'_, u32>, state: &ModelState<T>) -> Result<(), Error> {

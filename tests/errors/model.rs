@@ -87,7 +87,7 @@ fn impossible_configurations_are_told_apart() {
 #[test]
 fn parts_of_another_model_are_refused() {
     let from_parts = |config, parameters, codebooks| Transformer::from_parts(config, parameters, codebooks);
-    let (parameters, codebooks) = (model().parameters().clone(), model().codebooks().to_vec());
+    let (parameters, codebooks) = (model().parameters().clone(), model().learning().to_vec());
     assert_eq!(from_parts(small(), parameters.clone(), codebooks.clone()), Ok(model()));
     for config in [
         ModelConfig { d_model: 10, ..small() },
