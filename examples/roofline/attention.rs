@@ -4,7 +4,9 @@ use std::hint::black_box;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use transformer_vq::attention::{BatchBiases, BatchInputs, VqAttention};
+use transformer_vq::attention::{
+    BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, VqAttention,
+};
 use transformer_vq::codebook::{Codebook, Ema, Estimator};
 use transformer_vq::ndarray::{Array, Array3, Array4, Axis, Dimension, ShapeBuilder};
 
@@ -86,20 +88,24 @@ impl Problem {
         }
     }
 
-    fn forward(&self) -> Result<(), transformer_vq::Error> {
+    fn forward(&self, buffers: &mut Buffers) -> Result<BatchSaved<f32>, transformer_vq::Error> {
         let mut states = self.attention.new_states(1, &self.codebook, self.v.shape()[3])?;
-        black_box(self.attention.forward(&self.inputs(), &self.codebook, &mut states)?);
-        Ok(())
+        self.attention.forward_into(&self.inputs(), &self.codebook, &mut states, &mut buffers.output)
     }
 
-    fn forward_backward(&self) -> Result<(), transformer_vq::Error> {
-        let mut states = self.attention.new_states(1, &self.codebook, self.v.shape()[3])?;
-        let inputs = self.inputs();
-        let (output, saved) = self.attention.forward(&inputs, &self.codebook, &mut states)?;
-        let through = Estimator::StraightThrough;
-        black_box((output, self.attention.backward(&inputs, saved, self.d_out.view(), through, 1e-4)?));
-        Ok(())
+    fn forward_backward(&self, buffers: &mut Buffers) -> Result<(), transformer_vq::Error> {
+        let saved = self.forward(buffers)?;
+        let (inputs, d_out) = (self.inputs(), self.d_out.view());
+        let (through, gradients) = (Estimator::StraightThrough, &mut buffers.gradients);
+        self.attention.backward_into(&inputs, saved, d_out, through, 1e-4, gradients)
     }
+}
+
+/// Results, in memory that stays.
+#[derive(Default)]
+struct Buffers {
+    output: BatchOutput<f32>,
+    gradients: BatchGradients<f32>,
 }
 
 fn normal<D: Dimension, Sh: ShapeBuilder<Dim = D>>(
@@ -128,9 +134,13 @@ pub fn table(
     for shape in shapes {
         for &t in lengths {
             let problem = Problem::new(shape, t, biases)?;
+            let mut buffers = Buffers::default();
             let operations = shape.operations(t, biases);
-            let forward = machine.pairs(pairs, operations, || problem.forward().unwrap());
-            let both = machine.pairs(pairs, 3.0 * operations, || problem.forward_backward().unwrap());
+            let forward = machine.pairs(pairs, operations, || {
+                black_box(problem.forward(&mut buffers).unwrap());
+            });
+            let both =
+                machine.pairs(pairs, 3.0 * operations, || problem.forward_backward(&mut buffers).unwrap());
             let speed = |seconds: f64| t as f64 / seconds;
             println!(
                 "{:12} {t:7} | {:12.0} {:8.1} {:6.2} | {:12.0} {:8.1} {:6.2}",

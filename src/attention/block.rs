@@ -28,24 +28,18 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// All blocks of a piece of `t` tokens that begins with `held` keys in the carried window.
-    pub fn all(
-        attention: &VqAttention,
-        t: usize,
-        held: usize,
-    ) -> impl DoubleEndedIterator<Item = Block> + use<> {
+    /// Block `n` of a piece of `t` tokens that begins with `held` keys in the carried window.
+    pub fn new(attention: &VqAttention, t: usize, held: usize, n: usize) -> Block {
         let VqAttention { block_len, window, cache, .. } = *attention;
-        (0..t.div_ceil(block_len)).map(move |n| {
-            let start = n * block_len;
-            Block {
-                start,
-                len: block_len.min(t - start),
-                carried: window.saturating_sub(start).min(held),
-                first_key: start.saturating_sub(window),
-                window,
-                cache,
-            }
-        })
+        let start = n * block_len;
+        Block {
+            start,
+            len: block_len.min(t - start),
+            carried: window.saturating_sub(start).min(held),
+            first_key: start.saturating_sub(window),
+            window,
+            cache,
+        }
     }
 
     /// Positions of this block's queries in the piece.

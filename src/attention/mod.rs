@@ -122,6 +122,23 @@ pub struct Output<T> {
     pub cached_mass: Array1<T>,
 }
 
+impl<T: Scalar> Output<T> {
+    fn zeros(inputs: &Inputs<'_, T>) -> Self {
+        let (out, t) = (Array2::zeros(inputs.v.raw_dim()), inputs.q.nrows());
+        Output { out, lse: Array1::zeros(t), cached_mass: Array1::zeros(t) }
+    }
+
+    /// Where the forms write.
+    fn rows(&mut self) -> blockwise::RowOutputs<'_, T> {
+        let contiguous = "freshly made";
+        blockwise::RowOutputs {
+            out: self.out.view_mut(),
+            lse: self.lse.as_slice_mut().expect(contiguous),
+            cached_mass: self.cached_mass.as_slice_mut().expect(contiguous),
+        }
+    }
+}
+
 /// Gradients of one head of one piece.
 #[derive(Debug, Clone)]
 pub struct Gradients<T> {

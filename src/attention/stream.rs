@@ -12,9 +12,9 @@
 //! Cost of a token: `2 (S + 2 M) K + 2 (S + M) V` operations, at any position. Pieces of several tokens go through
 //! [`blockwise`].
 
-use ndarray::{Array1, Array2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayViewMut1, Axis, s};
 
-use super::blockwise::{self, RowStatistics};
+use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention};
 use crate::ops::matmul::{add_product, product};
 use crate::ops::simd::on_best_simd;
@@ -58,31 +58,31 @@ pub fn push<T: Scalar>(
     state: &mut AttentionState<T>,
 ) -> Result<Output<T>, Error> {
     inputs.check(attention, state)?;
-    let mut out = Array2::zeros(inputs.v.raw_dim());
-    let rows = run(attention, inputs, state, out.view_mut());
-    Ok(Output { out, lse: rows.lse, cached_mass: rows.cached_mass })
+    let mut output = Output::zeros(inputs);
+    run(attention, inputs, state, output.rows(), 1);
+    Ok(output)
 }
 
-/// [`push`] on checked input, into a buffer of the caller's whose content does not matter.
+/// [`push`] on checked input, into buffers of the caller's; of many tokens, as `blockwise` does it.
 pub(super) fn run<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     state: &mut AttentionState<T>,
-    mut out: ArrayViewMut2<'_, T>,
-) -> RowStatistics<T> {
+    mut rows: RowOutputs<'_, T>,
+    segments: usize,
+) -> bool {
     let t = inputs.q.nrows();
     if t >= BLOCKWISE_FROM {
-        return blockwise::run(attention, inputs, state, out);
+        return blockwise::run(attention, inputs, state, rows, segments);
     }
-    let mut rows = RowStatistics { lse: Array1::zeros(t), cached_mass: Array1::zeros(t) };
     for i in 0..t {
-        let (lse, cached) = token(attention, inputs, i, state, out.row_mut(i));
+        let (lse, cached) = token(attention, inputs, i, state, rows.out.row_mut(i));
         rows.lse[i] = lse;
         rows.cached_mass[i] = cached;
         let code = inputs.codes[i];
         state.push(code, inputs.codewords.row(code as usize), inputs.v.row(i)); // (4)
     }
-    rows
+    true
 }
 
 /// Attention of token `i`, which is the next of the sequence; returns its lse and cached mass.

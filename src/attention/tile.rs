@@ -10,6 +10,8 @@
 //! (3)  p = exp(score + ln N - shift_i)
 //! ```
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 
 use super::block::{LANES, Tile};
@@ -42,6 +44,8 @@ pub(super) fn zeros<T: Scalar>(rows: usize) -> Vec<Row<T>> {
 /// Buffers for the scores of one tile, made once per piece.
 #[derive(Debug)]
 pub(super) struct Scores<T> {
+    /// The codes whose scores these are.
+    codes: Range<usize>,
     /// (1), then p of cached codes [S].
     pub content: Vec<Row<T>>,
     /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
@@ -63,6 +67,7 @@ impl<T: Scalar> Scores<T> {
         let rows = attention.block_len.min(t) + attention.window.min(piece.window.codes.len() + t);
         let biased = if piece.inputs.biases.is_some() { LANES } else { 0 };
         Scores {
+            codes: 0..piece.inputs.codewords.nrows(),
             content: zeros(piece.inputs.codewords.nrows()),
             recent: zeros(rows),
             q_content: Array2::zeros((LANES, k)),
@@ -72,22 +77,35 @@ impl<T: Scalar> Scores<T> {
         }
     }
 
+    /// Buffers for (1) of some codes only, without recent keys.
+    pub fn of_codes(piece: &Piece<'_, T>, codes: Range<usize>) -> Self {
+        let k = piece.inputs.q.ncols();
+        Scores {
+            content: zeros(codes.len()),
+            codes,
+            recent: vec![],
+            q_content: Array2::zeros((LANES, k)),
+            q_content_t: zeros(k),
+            q_position: Array2::zeros((0, k)),
+            bias: skew::zeros(0, 0),
+        }
+    }
+
     /// Takes in the tile's queries and computes (1).
     pub fn fill_content(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let q = piece.inputs.q.slice(s![tile.queries(), ..]);
         let content_bias = piece.inputs.biases.as_ref().map(|biases| biases.content);
         load(q, content_bias, &mut self.q_content);
         transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
-        product(piece.inputs.codewords, view(&self.q_content_t), view_mut(&mut self.content));
+        let codewords = piece.inputs.codewords.slice(s![self.codes.clone(), ..]);
+        product(codewords, view(&self.q_content_t), view_mut(&mut self.content));
     }
 
     /// Computes (2) from (1); minus infinity where a query does not see a key.
     pub fn fill_recent(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let (old, keys) = tile.parts();
         let recent = &mut self.recent[..tile.rows.len()];
-        let hidden = piece.window.codes.len() - tile.block.carried;
-        let k_hat = piece.window.k_hat.slice(s![hidden + old.start..hidden + old.end, ..]);
-        product(k_hat, view(&self.q_content_t), view_mut(&mut recent[..old.len()]));
+        product(piece.carried_keys(tile), view(&self.q_content_t), view_mut(&mut recent[..old.len()]));
         for (row, &code) in recent[old.len()..].iter_mut().zip(&piece.codes[keys]) {
             *row = self.content[code as usize];
         }

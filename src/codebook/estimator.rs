@@ -172,25 +172,11 @@ impl Estimator {
         check_finite("codewords", codewords)
     }
 
-    /// (3), added to `d_codewords`, then (2) in place: `d` comes as the gradient of the quantized keys and leaves as that of
-    /// the keys.
+    /// (2) in place: `d` comes as the gradient of the quantized keys and leaves as that of the keys.
     ///
     /// # Shapes
-    /// `keys` and `d` [N, K], `codes` `[N]`, `codewords` as they were in forward and `d_codewords` [S, K].
-    pub(crate) fn backward<T: Scalar>(
-        self,
-        keys: ArrayView2<'_, T>,
-        codes: ArrayView1<'_, u32>,
-        codewords: ArrayView2<'_, T>,
-        d: ArrayViewMut2<'_, T>,
-        d_codewords: ArrayViewMut2<'_, T>,
-    ) {
-        self.add_codeword_gradient(keys, codes, codewords, d.view(), d_codewords);
-        self.key_backward(keys, codes, codewords, d);
-    }
-
-    /// (2) in place.
-    fn key_backward<T: Scalar>(
+    /// `keys` and `d` [N, K], `codes` `[N]`, `codewords` as they were in forward [S, K].
+    pub(crate) fn key_backward<T: Scalar>(
         self,
         keys: ArrayView2<'_, T>,
         codes: ArrayView1<'_, u32>,
@@ -207,8 +193,8 @@ impl Estimator {
         }
     }
 
-    /// (3), added.
-    fn add_codeword_gradient<T: Scalar>(
+    /// (3), added to `d_codewords` [S, K]; `d` is the gradient of the quantized keys.
+    pub(crate) fn add_codeword_gradient<T: Scalar>(
         self,
         keys: ArrayView2<'_, T>,
         codes: ArrayView1<'_, u32>,

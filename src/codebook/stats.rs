@@ -25,7 +25,7 @@ use crate::{Error, Scalar};
 const COLUMNS_PER_TASK: usize = 64;
 
 /// Sums of keys and counts per head and code, of the positions that count.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct CodeStats<T> {
     sums: Array3<T>,     // [H, S, K]
     counts: Array2<u64>, // [H, S]
@@ -60,7 +60,24 @@ impl<T: Scalar> CodeStats<T> {
         check_shape("codes", &[n_sequences, n_heads, len], codes.shape())?;
         check_mask(mask, n_sequences, len)?;
         check_codes(codes, n_codes)?;
-        let mut stats = Self::zeros(n_heads, n_codes, d_k)?;
+        checked_len("stats", &[n_heads, n_codes, d_k])?;
+        let stats = Self::collect_checked(keys, codes, n_codes, mask);
+        // A key that is not finite makes a sum that is not; those that do not count are in no sum.
+        if mask.is_some() || !stats.sums.fold(true, |finite, sum| finite & sum.is_finite()) {
+            check_finite("keys", keys)?;
+        }
+        Ok(stats)
+    }
+
+    /// [`collect`](Self::collect) on what is known to fit.
+    pub(crate) fn collect_checked(
+        keys: ArrayView4<'_, T>,
+        codes: ArrayView3<'_, u32>,
+        n_codes: usize,
+        mask: Option<ArrayView2<'_, bool>>,
+    ) -> Self {
+        let (n_sequences, n_heads, _, d_k) = keys.dim();
+        let mut stats = Self::zeros(n_heads, n_codes, d_k).expect("as large as the codebook");
         let mask_of = |sequence| mask.as_ref().map(|mask| mask.row(sequence));
         // Columns are independent of each other: cut by them, every sum keeps the order of the keys.
         stats.sums.axis_chunks_iter_mut(Axis(2), COLUMNS_PER_TASK).into_par_iter().enumerate().for_each(
@@ -84,11 +101,7 @@ impl<T: Scalar> CodeStats<T> {
                 stats.counts.row_mut(head).as_slice_mut().expect("standard layout"),
             );
         }
-        // A key that is not finite makes a sum that is not; those that do not count are in no sum.
-        if mask.is_some() || !stats.sums.fold(true, |finite, sum| finite & sum.is_finite()) {
-            check_finite("keys", keys)?;
-        }
-        Ok(stats)
+        stats
     }
 
     /// Adds the statistics of other keys.
@@ -132,23 +145,6 @@ impl<T: Scalar> CodeStats<T> {
             let entropy: f64 = used.map(|&n| n as f64 / total).map(|p| -p * p.ln()).sum();
             entropy.exp()
         })
-    }
-
-    /// (1), added to the statistics of one head.
-    ///
-    /// # Shapes
-    /// `keys` [N, K], `codes` `[N]`, `mask` `[N]`.
-    pub(crate) fn accumulate(
-        &mut self,
-        head: usize,
-        keys: ArrayView2<'_, T>,
-        codes: ArrayView1<'_, u32>,
-        mask: Option<ArrayView1<'_, bool>>,
-    ) {
-        let sums = self.sums.index_axis_mut(Axis(0), head);
-        debug_assert_eq!(keys.dim(), (codes.len(), sums.ncols()));
-        add_rows_by_code(keys, codes, mask, sums);
-        count(codes, mask, self.counts.row_mut(head).into_slice().expect("standard layout"));
     }
 }
 

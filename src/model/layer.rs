@@ -16,7 +16,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 
 use super::parameters::{LayerParameters, NormParameters};
 use super::{CodewordGradient, ModelConfig};
-use crate::attention::{AttentionState, BatchBiases, BatchInputs, BatchOutput, BatchSaved};
+use crate::attention::{AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Learning, codebook_loss};
 use crate::ops::matmul::add_product;
@@ -124,8 +124,9 @@ impl<T: Scalar> Layer<'_, T> {
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&activated, states.nrows(), mask);
-        let (output, attention) =
-            self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states);
+        let mut output = BatchOutput::default();
+        let (attention, _) =
+            self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states, &mut output);
         let (out, report) = split(output);
         let y = self.gate(&x, &out, &projected)?;
         let stats = self.config.learning.gradient().map(|_| report.stats.clone());
@@ -168,8 +169,9 @@ impl<T: Scalar> Layer<'_, T> {
         let inputs = self.attention_inputs(&activated, batch, mask);
         let d_out = self.per_head(&d_out, batch);
         let (weight, estimator) = (self.config.commit_weight, self.config.estimator);
-        let d_attention =
-            self.config.attention.backward_unchecked(&inputs, attention, d_out, estimator, weight);
+        let mut d_attention = BatchGradients::default();
+        let attention_config = &self.config.attention;
+        attention_config.backward_unchecked(&inputs, attention, d_out, estimator, weight, &mut d_attention);
         if let (Some(gradient), Some(stats)) = (self.config.learning.gradient(), stats) {
             let CodewordGradient { codebook_weight, from_attention } = gradient;
             let codewords = self.prepared.table.codewords.view();

@@ -8,6 +8,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Co
 use rayon::prelude::*;
 
 use crate::error::checked_len;
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// Elements that one task takes: tens of microseconds of work, far above what giving it to another thread costs.
@@ -17,6 +18,30 @@ pub(crate) const ELEMENTS_PER_TASK: usize = 1 << 15;
 fn per_task(width: usize) -> usize {
     // At least 16, so that a task's column sums stay small beside the rows they come from.
     (ELEMENTS_PER_TASK / width.max(1)).clamp(16, 256)
+}
+
+/// Whether every number is finite.
+pub(crate) fn all_finite<T: Scalar>(x: ArrayView2<'_, T>) -> bool {
+    // 0 x is 0, but NaN where x is not finite; a sum with NaN in it is NaN.
+    let mut sums = [T::zero(); 64];
+    for row in x.rows() {
+        match row.to_slice() {
+            Some(row) => on_best_simd!(add_nothing(row, &mut sums)),
+            None => row.iter().for_each(|&x| sums[0] += x * T::zero()),
+        }
+    }
+    sums.iter().fold(T::zero(), |total, &sum| total + sum).is_zero()
+}
+
+/// `sums <- sums + 0 row`, a part of the row at a time.
+#[inline(always)]
+fn add_nothing<T: Scalar>(row: &[T], sums: &mut [T; 64]) {
+    let (chunks, rest) = row.as_chunks::<64>();
+    for chunk in chunks.iter().map(|chunk| &chunk[..]).chain([rest]) {
+        for (sum, &x) in sums.iter_mut().zip(chunk) {
+            *sum += x * T::zero();
+        }
+    }
 }
 
 /// Zeros of shape [rows, width], if such an array can exist.

@@ -26,6 +26,8 @@
 //! forward (without the (M+1) K where there are no biases).
 //! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweeps of backward are this crate's.
 
+use std::ops::Range;
+
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::block::{Block, Tile};
@@ -36,8 +38,8 @@ use crate::{Error, Scalar};
 mod backward;
 mod forward;
 
-pub(super) use backward::{RowGradients, run_backward};
-pub(super) use forward::{RowStatistics, run};
+pub(super) use backward::{RowGradients, Tasks, run_backward};
+pub(super) use forward::{RowOutputs, run};
 
 /// What backward needs of forward: O(T) and one state.
 #[derive(Debug, Clone)]
@@ -58,10 +60,10 @@ pub fn forward<T: Scalar>(
 ) -> Result<(Output<T>, Saved<T>), Error> {
     inputs.check(attention, state)?;
     let start = state.clone();
-    let mut out = Array2::zeros(inputs.v.raw_dim());
-    let rows = run(attention, inputs, state, out.view_mut());
-    let saved = Saved { lse: rows.lse.clone(), start };
-    Ok((Output { out, lse: rows.lse, cached_mass: rows.cached_mass }, saved))
+    let mut output = Output::zeros(inputs);
+    run(attention, inputs, state, output.rows(), rayon::current_num_threads());
+    let saved = Saved { lse: output.lse.clone(), start };
+    Ok((output, saved))
 }
 
 /// Gradients of one piece. The state it began with is a constant.
@@ -84,7 +86,10 @@ pub fn backward<T: Scalar>(
     let (mut d_q, mut d_k_hat) = (Array2::zeros(inputs.q.raw_dim()), Array2::zeros(inputs.q.raw_dim()));
     let mut d_v = Array2::zeros(inputs.v.raw_dim());
     let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
-    let (codewords, biases) = run_backward(attention, inputs, saved, d_out, rows);
+    let (codewords, biases, _) = {
+        let tasks = Tasks { segments: 1, threads: rayon::current_num_threads() };
+        run_backward(attention, inputs, saved, d_out, rows, tasks)
+    };
     Ok(Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
 }
 
@@ -110,8 +115,54 @@ impl<'a, T: Scalar> Piece<'a, T> {
         Piece { attention, inputs, window, codes, relative_t: relative_t.unwrap_or_default() }
     }
 
-    fn blocks(&self) -> impl DoubleEndedIterator<Item = Block> + use<T> {
-        Block::all(self.attention, self.codes.len(), self.window.codes.len())
+    fn n_blocks(&self) -> usize {
+        self.codes.len().div_ceil(self.attention.block_len)
+    }
+
+    fn block(&self, n: usize) -> Block {
+        Block::new(self.attention, self.codes.len(), self.window.codes.len(), n)
+    }
+
+    /// The piece in at most `n` segments of whole blocks, each with the cache that its first block sees. `cache` is that of
+    /// before the piece and becomes that of the last segment's first block.
+    ///
+    /// Tokens enter the cache one by one here as in any other run: where segments are cut changes no bit of it.
+    fn segments(&self, n: usize, cache: &mut CompressiveCache<T>) -> Vec<Segment<T>> {
+        let blocks = self.n_blocks();
+        let per_segment = blocks.div_ceil(n.max(1)).max(1);
+        let mut entered = 0;
+        (0..blocks)
+            .step_by(per_segment)
+            .map(|first| {
+                self.enter(&self.block(first), &mut entered, cache);
+                let blocks = first..blocks.min(first + per_segment);
+                Segment { blocks, cache: cache.clone(), entered }
+            })
+            .collect()
+    }
+
+    /// (4), before `block`: keys more than M before it pass into the cache. Of the carried window's and then the piece's keys,
+    /// `entered` have done so.
+    fn enter(&self, block: &Block, entered: &mut usize, cache: &mut CompressiveCache<T>) {
+        self.enter_until(self.window.codes.len() - block.carried + block.first_key, entered, cache);
+    }
+
+    /// (4), at the end of the piece.
+    fn enter_last(&self, entered: &mut usize, cache: &mut CompressiveCache<T>) {
+        let total = self.window.codes.len() + self.codes.len();
+        self.enter_until(total.saturating_sub(self.attention.window), entered, cache);
+    }
+
+    fn enter_until(&self, end: usize, entered: &mut usize, cache: &mut CompressiveCache<T>) {
+        let held = self.window.codes.len();
+        for n in *entered..end {
+            if n < held {
+                cache.push(self.window.codes[n], self.window.v.row(n));
+            } else {
+                cache.push(self.codes[n - held], self.inputs.v.row(n - held));
+            }
+        }
+        *entered = end.max(*entered);
     }
 
     /// The values of the tile's carried rows.
@@ -121,41 +172,33 @@ impl<'a, T: Scalar> Piece<'a, T> {
         self.window.v.slice(s![hidden + old.start..hidden + old.end, ..])
     }
 
+    /// The keys of the tile's carried rows.
+    pub(super) fn carried_keys(&self, tile: &Tile) -> ArrayView2<'_, T> {
+        let (old, _) = tile.parts();
+        let hidden = self.window.codes.len() - tile.block.carried;
+        self.window.k_hat.slice(s![hidden + old.start..hidden + old.end, ..])
+    }
+
     /// ln N_s of the codes that a query reads through the cache; empty without one.
     fn log_counts(&self, cache: &CompressiveCache<T>) -> Vec<T> {
         if self.attention.cache { cache.log_counts() } else { vec![] }
     }
 }
 
-/// The keys that pass from the window into the cache as blocks advance.
-struct Past<'a, T> {
-    piece: &'a Piece<'a, T>,
-    /// Keys that have entered, of the carried window's and then the piece's.
+/// Neighbouring blocks that run one after the other.
+#[derive(Debug)]
+struct Segment<T> {
+    blocks: Range<usize>,
+    /// As the first block sees it.
+    cache: CompressiveCache<T>,
+    /// Keys that it holds of the carried window and the piece.
     entered: usize,
 }
 
-impl<T: Scalar> Past<'_, T> {
-    /// (4), before `block`.
-    fn enter(&mut self, block: &Block, cache: &mut CompressiveCache<T>) {
-        self.enter_until(self.piece.window.codes.len() - block.carried + block.first_key, cache);
-    }
-
-    /// (4), at the end of the piece.
-    fn finish(&mut self, cache: &mut CompressiveCache<T>) {
-        let total = self.piece.window.codes.len() + self.piece.codes.len();
-        self.enter_until(total.saturating_sub(self.piece.attention.window), cache);
-    }
-
-    fn enter_until(&mut self, end: usize, cache: &mut CompressiveCache<T>) {
-        let window = &self.piece.window;
-        let held = window.codes.len();
-        for n in self.entered..end {
-            if n < held {
-                cache.push(window.codes[n], window.v.row(n));
-            } else {
-                cache.push(self.piece.codes[n - held], self.piece.inputs.v.row(n - held));
-            }
-        }
-        self.entered = self.entered.max(end);
+impl<T: Scalar> Segment<T> {
+    /// Positions of its queries in the piece.
+    fn queries(&self, piece: &Piece<'_, T>) -> Range<usize> {
+        let start = |n: usize| (n * piece.attention.block_len).min(piece.codes.len());
+        start(self.blocks.start)..start(self.blocks.end)
     }
 }

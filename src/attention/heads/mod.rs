@@ -13,16 +13,17 @@
 //! and outputs and gradients, laid out that way in memory, go back by the same call.
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
-use rayon::prelude::*;
 
-use super::blockwise::{self, RowGradients, RowStatistics, Saved};
+use super::blockwise::Saved;
 use super::state::state_len;
-use super::{AttentionState, Biases, Inputs, VqAttention, stream};
-use crate::codebook::assign::assign_into;
+use super::{AttentionState, Biases, Inputs, VqAttention, blockwise, stream};
 use crate::codebook::packed::Table;
-use crate::codebook::{CodeStats, Codebook, Estimator, commitment};
+use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::error::{check_finite, check_memory, check_shape};
 use crate::{Error, Scalar};
+
+mod backward;
+mod forward;
 
 /// What attention over batch and heads takes.
 #[derive(Debug, Clone)]
@@ -52,7 +53,7 @@ pub struct BatchBiases<'a, T> {
 }
 
 /// What attention over batch and heads returns.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct BatchOutput<T> {
     /// [B, H, T, V].
     pub out: Array4<T>,
@@ -78,7 +79,7 @@ pub struct BatchSaved<T> {
 }
 
 /// Gradients of [`BatchInputs`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct BatchGradients<T> {
     /// [B, H, T, K].
     pub q: Array4<T>,
@@ -133,23 +134,47 @@ impl VqAttention {
         codebook: &Codebook<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<(BatchOutput<T>, BatchSaved<T>), Error> {
-        inputs.check(self, codebook, states)?;
-        Ok(self.forward_unchecked(inputs, &Table::new(codebook.codewords()), states))
+        let mut output = BatchOutput::default();
+        let saved = self.forward_into(inputs, codebook, states, &mut output)?;
+        Ok((output, saved))
     }
 
-    /// [`forward`](Self::forward) on what is known to fit.
+    /// [`forward`](Self::forward) into arrays that the caller keeps: what they hold does not matter, and those of another
+    /// shape are replaced. Large arrays that come fresh from the system cost a tenth of the time.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); what `output` then holds is undefined.
+    pub fn forward_into<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+        output: &mut BatchOutput<T>,
+    ) -> Result<BatchSaved<T>, Error> {
+        inputs.check_shapes(self, codebook, states)?;
+        let table = Table::new(codebook.codewords());
+        let (saved, finite) = self.forward_unchecked(inputs, &table, states, output);
+        if !finite && let Err(error) = inputs.check_finite() {
+            saved.restore(states);
+            return Err(error);
+        }
+        Ok(saved)
+    }
+
+    /// [`forward_into`](Self::forward_into) on what is known to fit, and whether q, k and v are finite.
     pub(crate) fn forward_unchecked<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
         table: &Table<T>,
         states: &mut Array2<AttentionState<T>>,
-    ) -> (BatchOutput<T>, BatchSaved<T>) {
+        output: &mut BatchOutput<T>,
+    ) -> (BatchSaved<T>, bool) {
         let starts: Vec<_> = states.iter().cloned().collect();
-        let output = run(self, inputs, table, states, blockwise::run);
+        let finite = forward::run(self, inputs, table, states, blockwise::run, output);
         let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
         let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
         let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
-        (output, BatchSaved { heads, codes, codewords })
+        (BatchSaved { heads, codes, codewords }, finite)
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, one token included, and nothing is saved.
@@ -162,7 +187,8 @@ impl VqAttention {
         codebook: &Codebook<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
-        inputs.check(self, codebook, states)?;
+        inputs.check_shapes(self, codebook, states)?;
+        inputs.check_finite()?;
         Ok(self.push_unchecked(inputs, &Table::new(codebook.codewords()), states))
     }
 
@@ -173,7 +199,9 @@ impl VqAttention {
         table: &Table<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> BatchOutput<T> {
-        run(self, inputs, table, states, stream::run)
+        let mut output = BatchOutput::default();
+        forward::run(self, inputs, table, states, stream::run, &mut output);
+        output
     }
 
     /// Every gradient of `sum(d_out * out) + commit_weight * commit_loss`. The states before the piece are constants.
@@ -190,6 +218,24 @@ impl VqAttention {
         estimator: Estimator,
         commit_weight: f64,
     ) -> Result<BatchGradients<T>, Error> {
+        let mut gradients = BatchGradients::default();
+        self.backward_into(inputs, saved, d_out, estimator, commit_weight, &mut gradients)?;
+        Ok(gradients)
+    }
+
+    /// [`backward`](Self::backward) into arrays that the caller keeps, as [`forward_into`](Self::forward_into) does.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward); what `gradients` then holds is undefined.
+    pub fn backward_into<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        saved: BatchSaved<T>,
+        d_out: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+        gradients: &mut BatchGradients<T>,
+    ) -> Result<(), Error> {
         let BatchSaved { heads, codes, codewords } = &saved;
         let (b, h, t, k) = inputs.q.dim();
         check_shape("saved.codes", &[b, h, t], codes.shape())?;
@@ -199,15 +245,18 @@ impl VqAttention {
             saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
         }
         check_shape("d_out", inputs.v.shape(), d_out.shape())?;
-        check_finite("d_out", d_out.view())?;
         if !commit_weight.is_finite() {
             return Err(Error::invalid("commit_weight", "finite", commit_weight));
         }
         estimator.validate()?;
-        Ok(self.backward_unchecked(inputs, saved, d_out, estimator, commit_weight))
+        if !self.backward_unchecked(inputs, saved, d_out.view(), estimator, commit_weight, gradients) {
+            inputs.check_finite()?;
+            check_finite("d_out", d_out)?;
+        }
+        Ok(())
     }
 
-    /// [`backward`](Self::backward) on what is known to fit.
+    /// [`backward_into`](Self::backward_into) on what is known to fit; returns whether q, k, v and `d_out` are finite.
     pub(crate) fn backward_unchecked<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
@@ -215,58 +264,24 @@ impl VqAttention {
         d_out: ArrayView4<'_, T>,
         estimator: Estimator,
         commit_weight: f64,
-    ) -> BatchGradients<T> {
-        let (b, h, t, k) = inputs.q.dim();
-        let BatchSaved { heads, codes, codewords } = saved;
-        let mut gradients = BatchGradients {
-            q: token_major((b, h, t), k),
-            k: token_major((b, h, t), k),
-            v: token_major((b, h, t), inputs.v.len_of(Axis(3))),
-            codewords: Array3::zeros(codewords.raw_dim()),
-            biases: inputs.biases.as_ref().map(|biases| BatchBiasGradients {
-                content: Array2::zeros(biases.content.raw_dim()),
-                position: Array2::zeros(biases.position.raw_dim()),
-                relative: Array3::zeros(biases.relative.raw_dim()),
-            }),
-        };
-        let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
-        let buffers =
-            parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
-        let of_heads: Vec<_> = heads
-            .into_iter()
-            .zip(buffers)
-            .collect::<Vec<_>>()
-            .into_par_iter()
-            .enumerate()
-            .map(|(n, (saved, ((d_q, mut d_k), d_v)))| {
-                let head = inputs.head(n / h, n % h, &codes, &codewords);
-                let d_out = d_out.slice(s![n / h, n % h, .., ..]);
-                let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
-                let (mut d_c, biases) = blockwise::run_backward(self, &head, saved, d_out, rows); // (2)
-                let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
-                estimator.backward(keys, head.codes, head.codewords, d_k.view_mut(), d_c.view_mut()); // (1)
-                let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
-                commitment::add_gradient(keys, head.codes, head.codewords, mask, commit_scale, d_k); // (3)
-                (d_c, biases)
-            })
-            .collect();
-        for (n, (d_codewords, d_biases)) in of_heads.into_iter().enumerate() {
-            let mut sum = gradients.codewords.index_axis_mut(Axis(0), n % h);
-            sum += &d_codewords;
-            if let (Some(sums), Some(d)) = (&mut gradients.biases, d_biases) {
-                let (mut content, mut position) = (sums.content.row_mut(n % h), sums.position.row_mut(n % h));
-                content += &d.content;
-                position += &d.position;
-                let mut relative = sums.relative.index_axis_mut(Axis(0), n % h);
-                relative += &d.relative;
-            }
+        gradients: &mut BatchGradients<T>,
+    ) -> bool {
+        backward::run(self, inputs, saved, d_out, (estimator, commit_weight), gradients)
+    }
+}
+
+impl<T: Scalar> BatchSaved<T> {
+    /// Puts the states back to before the piece.
+    fn restore(self, states: &mut Array2<AttentionState<T>>) {
+        for (state, saved) in states.iter_mut().zip(self.heads) {
+            *state = saved.start;
         }
-        gradients
     }
 }
 
 impl<T: Scalar> BatchInputs<'_, T> {
-    fn check(
+    /// Whether this can be computed, as far as sizes say.
+    fn check_shapes(
         &self,
         attention: &VqAttention,
         codebook: &Codebook<T>,
@@ -285,9 +300,6 @@ impl<T: Scalar> BatchInputs<'_, T> {
         let (b, h, t, k) = self.q.dim();
         check_shape("k", &[b, h, t, k], self.k.shape())?;
         check_shape("v", &[b, h, t, self.v.len_of(Axis(3))], self.v.shape())?;
-        check_finite("q", self.q.view())?;
-        check_finite("k", self.k.view())?;
-        check_finite("v", self.v.view())?;
         if let Some(mask) = &self.mask {
             check_shape("mask", &[b, t], mask.shape())?;
         }
@@ -300,6 +312,13 @@ impl<T: Scalar> BatchInputs<'_, T> {
             check_finite("biases.relative", biases.relative.view())?;
         }
         Ok(())
+    }
+
+    /// Checks q, k and v: a pass over all of them, made only where a cheaper look says that there is something to find.
+    fn check_finite(&self) -> Result<(), Error> {
+        check_finite("q", self.q.view())?;
+        check_finite("k", self.k.view())?;
+        check_finite("v", self.v.view())
     }
 
     /// The inputs of head h of sequence b.
@@ -330,9 +349,12 @@ impl<T: Scalar> BatchInputs<'_, T> {
     }
 }
 
-/// One array [B, H, T, width] in the memory order of [B, T, H, width].
-fn token_major<T: Scalar>((b, h, t): (usize, usize, usize), width: usize) -> Array4<T> {
-    Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3])
+/// Makes `array` one of shape [B, H, T, width] in the memory order of [B, T, H, width]; kept if it is one.
+fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
+    let in_order = array.view().permuted_axes([0, 2, 1, 3]).is_standard_layout();
+    if array.dim() != (b, h, t, width) || !in_order {
+        *array = Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3]);
+    }
 }
 
 /// The [T, width] parts of an array [B, H, T, width], sequence by sequence, head by head.
@@ -347,54 +369,4 @@ fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
         }
     }
     parts
-}
-
-/// One form of attention on one head.
-type Form<T> =
-    fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, ArrayViewMut2<'_, T>) -> RowStatistics<T>;
-
-/// Forward on checked input.
-pub(crate) fn run<T: Scalar>(
-    attention: &VqAttention,
-    inputs: &BatchInputs<'_, T>,
-    table: &Table<T>,
-    states: &mut Array2<AttentionState<T>>,
-    form: Form<T>,
-) -> BatchOutput<T> {
-    let (b, h, t, k) = inputs.q.dim();
-    let Table { codewords, packed } = table;
-    let mut codes = Array3::zeros((b, h, t));
-    let mut out = token_major((b, h, t), inputs.v.len_of(Axis(3)));
-    // (1)
-    let lanes = codes.as_slice_mut().expect("freshly made");
-    let errors: Vec<f64> = lanes
-        .par_chunks_mut(t.max(1))
-        .enumerate()
-        .map(|(n, codes)| {
-            let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
-            assign_into(&packed[n % h], keys, codes);
-            let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
-            commitment::squared_error(keys, (&*codes).into(), codewords.index_axis(Axis(0), n % h), mask)
-        })
-        .collect();
-    let commit_loss = errors.iter().sum::<f64>() / inputs.counted().max(1) as f64; // (3)
-    // (2)
-    let rows: Vec<RowStatistics<T>> = parts(&mut out)
-        .into_par_iter()
-        .zip(states.iter_mut().collect::<Vec<_>>())
-        .enumerate()
-        .map(|(n, (out, state))| form(attention, &inputs.head(n / h, n % h, &codes, codewords), state, out))
-        .collect();
-    // (4), each head's sequences in order
-    let mut stats = CodeStats::zeros(h, codewords.len_of(Axis(1)), k).expect("as large as the codebook");
-    for (n, codes) in codes.lanes(Axis(2)).into_iter().enumerate() {
-        let mask = inputs.mask.as_ref().map(|mask| mask.row(n / h));
-        stats.accumulate(n % h, inputs.k.slice(s![n / h, n % h, .., ..]), codes, mask);
-    }
-    let (mut lse, mut cached_mass) = (Array3::zeros((b, h, t)), Array3::zeros((b, h, t)));
-    for (n, rows) in rows.into_iter().enumerate() {
-        lse.slice_mut(s![n / h, n % h, ..]).assign(&rows.lse);
-        cached_mass.slice_mut(s![n / h, n % h, ..]).assign(&rows.cached_mass);
-    }
-    BatchOutput { out, codes, lse, cached_mass, stats, commit_loss }
 }

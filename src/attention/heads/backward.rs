@@ -1,0 +1,107 @@
+//! What undoes formulas (3) to (1) of the module above.
+
+use ndarray::{Array2, Array3, ArrayView4, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+use super::{BatchBiasGradients, BatchGradients, BatchInputs, BatchSaved, fit, parts};
+use crate::Scalar;
+use crate::attention::blockwise::{self, RowGradients, Tasks};
+use crate::attention::{Inputs, VqAttention};
+use crate::codebook::{Estimator, commitment};
+use crate::ops::rows::all_finite;
+
+/// Parts into which backward of a batch falls at least, where it is long enough: threads share them.
+const TASKS: usize = 8;
+
+/// Tokens of a part at least.
+const SEGMENT: usize = 2048;
+
+/// Keys whose own gradients one task computes.
+const KEYS: usize = 1024;
+
+/// Backward on checked shapes; whether q, k, v and `d_out` are finite.
+pub(super) fn run<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &BatchInputs<'_, T>,
+    saved: BatchSaved<T>,
+    d_out: ArrayView4<'_, T>,
+    (estimator, commit_weight): (Estimator, f64),
+    gradients: &mut BatchGradients<T>,
+) -> bool {
+    let (b, h, t, k) = inputs.q.dim();
+    let BatchSaved { heads, codes, codewords } = saved;
+    fit(&mut gradients.q, (b, h, t), k);
+    fit(&mut gradients.k, (b, h, t), k);
+    fit(&mut gradients.v, (b, h, t), inputs.v.len_of(Axis(3)));
+    gradients.codewords = Array3::zeros(codewords.raw_dim());
+    gradients.biases = inputs.biases.as_ref().map(|biases| BatchBiasGradients {
+        content: Array2::zeros(biases.content.raw_dim()),
+        position: Array2::zeros(biases.position.raw_dim()),
+        relative: Array3::zeros(biases.relative.raw_dim()),
+    });
+    let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
+    let tasks = Tasks {
+        segments: TASKS.div_ceil((b * h).max(1)).min(t / SEGMENT),
+        threads: rayon::current_num_threads().div_ceil((b * h).max(1)),
+    };
+    let buffers =
+        parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
+    let of_heads: Vec<_> = heads
+        .into_iter()
+        .zip(buffers)
+        .collect::<Vec<_>>()
+        .into_par_iter()
+        .enumerate()
+        .map(|(n, (saved, ((d_q, mut d_k), d_v)))| {
+            let head = inputs.head(n / h, n % h, &codes, &codewords);
+            let d_out = d_out.slice(s![n / h, n % h, .., ..]);
+            let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
+            let (mut d_c, biases, finite) =
+                blockwise::run_backward(attention, &head, saved, d_out, rows, tasks); // (2)
+            let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
+            estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut()); // (1)
+            let of_keys: Vec<bool> = d_k
+                .axis_chunks_iter_mut(Axis(0), KEYS)
+                .into_par_iter()
+                .enumerate()
+                .map(|(i, d_k)| {
+                    let range = i * KEYS..i * KEYS + d_k.nrows();
+                    let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range.clone()]));
+                    let (keys, codes) = (keys.slice(s![range.clone(), ..]), head.codes.slice(s![range]));
+                    key_gradients(estimator, commit_scale, &head, (keys, codes, mask), d_k)
+                })
+                .collect();
+            (d_c, biases, of_keys.into_iter().fold(finite, |a, b| a & b))
+        })
+        .collect();
+    let mut finite = true;
+    for (n, (d_codewords, d_biases, finite_head)) in of_heads.into_iter().enumerate() {
+        finite &= finite_head;
+        let mut sum = gradients.codewords.index_axis_mut(Axis(0), n % h);
+        sum += &d_codewords;
+        if let (Some(sums), Some(d)) = (&mut gradients.biases, d_biases) {
+            let (mut content, mut position) = (sums.content.row_mut(n % h), sums.position.row_mut(n % h));
+            content += &d.content;
+            position += &d.position;
+            let mut relative = sums.relative.index_axis_mut(Axis(0), n % h);
+            relative += &d.relative;
+        }
+    }
+    finite
+}
+
+type Keys<'a, T> =
+    (ndarray::ArrayView2<'a, T>, ndarray::ArrayView1<'a, u32>, Option<ndarray::ArrayView1<'a, bool>>);
+
+/// (1) and (3) for some keys: `d_k` comes as the gradient of quantized keys; whether the keys are finite.
+fn key_gradients<T: Scalar>(
+    estimator: Estimator,
+    commit_scale: T,
+    head: &Inputs<'_, T>,
+    (keys, codes, mask): Keys<'_, T>,
+    mut d_k: ArrayViewMut2<'_, T>,
+) -> bool {
+    estimator.key_backward(keys, codes, head.codewords, d_k.view_mut());
+    commitment::add_gradient(keys, codes, head.codewords, mask, commit_scale, d_k);
+    all_finite(keys)
+}

@@ -1,0 +1,90 @@
+//! Formulas (1) to (4) of the module above.
+
+use ndarray::{Array2, Array3, Axis, s};
+use rayon::prelude::*;
+
+use super::{BatchInputs, BatchOutput, fit, parts};
+use crate::Scalar;
+use crate::attention::blockwise::RowOutputs;
+use crate::attention::{AttentionState, Inputs, VqAttention};
+use crate::codebook::assign::assign_into;
+use crate::codebook::packed::Table;
+use crate::codebook::{CodeStats, commitment};
+
+/// One form of attention on one head, in at most so many parts at once; whether q and v are finite.
+type Form<T> = fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, RowOutputs<'_, T>, usize) -> bool;
+
+/// Keys that one task quantizes.
+const KEYS: usize = 1024;
+
+/// Forward on checked shapes; whether q, k and v are finite.
+pub(super) fn run<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &BatchInputs<'_, T>,
+    table: &Table<T>,
+    states: &mut Array2<AttentionState<T>>,
+    form: Form<T>,
+    output: &mut BatchOutput<T>,
+) -> bool {
+    let (b, h, t, _) = inputs.q.dim();
+    let n_codes = table.codewords.len_of(Axis(1));
+    fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
+    fit_rows(&mut output.codes, (b, h, t));
+    fit_rows(&mut output.lse, (b, h, t));
+    fit_rows(&mut output.cached_mass, (b, h, t));
+    let contiguous = "fitted";
+    let codes = output.codes.as_slice_mut().expect(contiguous);
+    let (errors, finite_keys) = quantize(inputs, table, codes);
+    output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
+    // (2)
+    let codes = &output.codes;
+    let lse = output.lse.as_slice_mut().expect(contiguous).chunks_mut(t.max(1));
+    let cached_mass = output.cached_mass.as_slice_mut().expect(contiguous).chunks_mut(t.max(1));
+    let rows: Vec<_> = if t == 0 {
+        parts(&mut output.out)
+            .into_iter()
+            .map(|out| RowOutputs { out, lse: &mut [], cached_mass: &mut [] })
+            .collect()
+    } else {
+        let rows = parts(&mut output.out).into_iter().zip(lse).zip(cached_mass);
+        rows.map(|((out, lse), cached_mass)| RowOutputs { out, lse, cached_mass }).collect()
+    };
+    // Heads first; what threads are left share a sequence.
+    let segments = rayon::current_num_threads().div_ceil((b * h).max(1));
+    let finite = rows
+        .into_par_iter()
+        .zip(states.iter_mut().collect::<Vec<_>>())
+        .enumerate()
+        .map(|(n, (rows, state))| {
+            form(attention, &inputs.head(n / h, n % h, codes, &table.codewords), state, rows, segments)
+        })
+        .reduce(|| true, |a, b| a & b);
+    output.stats = CodeStats::collect_checked(inputs.k.view(), codes.view(), n_codes, inputs.mask); // (4)
+    finite_keys & finite
+}
+
+/// (1), and the sum of squares of (3); whether the keys are finite (a key whose square overflows counts as not).
+fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mut [u32]) -> (f64, bool) {
+    let (_, h, t, _) = inputs.k.dim();
+    let of_heads: Vec<(f64, bool)> = codes
+        .par_chunks_mut(t.max(1))
+        .enumerate()
+        .flat_map_iter(|(n, codes)| codes.chunks_mut(KEYS).enumerate().map(move |(i, codes)| (n, i, codes)))
+        .map(|(n, i, codes)| {
+            let range = i * KEYS..i * KEYS + codes.len();
+            let keys = inputs.k.slice(s![n / h, n % h, range.clone(), ..]);
+            let finite = assign_into(&table.packed[n % h], keys, codes);
+            let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range]));
+            let codewords = table.codewords.index_axis(Axis(0), n % h);
+            (commitment::squared_error(keys, (&*codes).into(), codewords, mask), finite)
+        })
+        .collect();
+    (of_heads.iter().map(|(error, _)| error).sum(), of_heads.iter().all(|(_, finite)| *finite))
+}
+
+/// Makes `array` one of shape [B, H, T]; kept if it is one.
+fn fit_rows<X: Clone + Default>(array: &mut Array3<X>, shape: (usize, usize, usize)) {
+    if array.dim() != shape || !array.is_standard_layout() {
+        *array = Array3::default(shape);
+    }
+}
