@@ -27,6 +27,13 @@ const LENGTHS: [usize; 6] = [1024, 2048, 4096, 8192, 16384, 32768];
 /// The longest length at which quadratic attention is timed too.
 const QUADRATIC_TO: usize = 16384;
 
+/// Results of linear attention, in memory that stays, as a training loop keeps it.
+#[derive(Default)]
+struct Buffers {
+    output: BatchOutput<f32>,
+    gradients: BatchGradients<f32>,
+}
+
 struct Problem {
     attention: VqAttention,
     codebook: Codebook<f32>,
@@ -53,17 +60,19 @@ impl Problem {
         })
     }
 
-    fn linear(&self, k: &Array4<f32>) -> Result<(BatchOutput<f32>, BatchGradients<f32>), Error> {
+    fn linear(&self, k: &Array4<f32>, buffers: &mut Buffers) -> Result<(), Error> {
         let inputs = self.inputs(k);
         let mut states = self.attention.new_states(1, &self.codebook, WIDTH)?;
-        let (output, saved) = self.attention.forward(&inputs, &self.codebook, &mut states)?;
-        let estimator = Estimator::StraightThrough;
-        Ok((output, self.attention.backward(&inputs, saved, self.d_out.view(), estimator, 1e-4)?))
+        let saved = self.attention.forward_into(&inputs, &self.codebook, &mut states, &mut buffers.output)?;
+        let (estimator, gradients) = (Estimator::StraightThrough, &mut buffers.gradients);
+        self.attention.backward_into(&inputs, saved, self.d_out.view(), estimator, 1e-4, gradients)
     }
 
-    fn linear_forward(&self) -> Result<BatchOutput<f32>, Error> {
+    fn linear_forward(&self, buffers: &mut Buffers) -> Result<(), Error> {
         let mut states = self.attention.new_states(1, &self.codebook, WIDTH)?;
-        Ok(self.attention.forward(&self.inputs(&self.k), &self.codebook, &mut states)?.0)
+        let inputs = self.inputs(&self.k);
+        self.attention.forward_into(&inputs, &self.codebook, &mut states, &mut buffers.output)?;
+        Ok(())
     }
 
     fn inputs<'a>(&'a self, k: &'a Array4<f32>) -> BatchInputs<'a, f32> {
@@ -86,7 +95,9 @@ impl Problem {
     fn check(&self) -> Result<(), Error> {
         let codes = self.codebook.assign(self.k.view())?;
         let k_hat = lookup(codes.view(), self.codebook.codewords().view())?;
-        let (output, gradients) = self.linear(&self.k)?;
+        let mut buffers = Buffers::default();
+        self.linear(&self.k, &mut buffers)?;
+        let Buffers { output, gradients } = buffers;
         let [out, d_q, _, d_v] = self.quadratic(&k_hat)?;
         for (got, expected) in [(output.out, out), (gradients.q, d_q), (gradients.v, d_v)] {
             let error = relative_rms(&got.slice(s![0, 0, .., ..]).to_owned(), &expected);
@@ -111,7 +122,10 @@ fn attention(c: &mut Criterion) {
     group.measurement_time(Duration::from_secs(3));
     for (t, problem) in &problems {
         group.throughput(Throughput::Elements(*t as u64));
-        group.bench_function(BenchmarkId::new("vq", t), |b| b.iter(|| problem.linear_forward().unwrap()));
+        let mut buffers = Buffers::default();
+        group.bench_function(BenchmarkId::new("vq", t), |b| {
+            b.iter(|| problem.linear_forward(&mut buffers).unwrap());
+        });
         if *t <= QUADRATIC_TO {
             group.bench_function(BenchmarkId::new("quadratic", t), |b| {
                 b.iter(|| problem.quadratic_forward().unwrap());
@@ -124,7 +138,10 @@ fn attention(c: &mut Criterion) {
     group.measurement_time(Duration::from_secs(5));
     for (t, problem) in &problems {
         group.throughput(Throughput::Elements(*t as u64));
-        group.bench_function(BenchmarkId::new("vq", t), |b| b.iter(|| problem.linear(&problem.k).unwrap()));
+        let mut buffers = Buffers::default();
+        group.bench_function(BenchmarkId::new("vq", t), |b| {
+            b.iter(|| problem.linear(&problem.k, &mut buffers).unwrap());
+        });
         if *t <= QUADRATIC_TO {
             group.bench_function(BenchmarkId::new("quadratic", t), |b| {
                 b.iter(|| problem.quadratic(&problem.k).unwrap());

@@ -14,8 +14,7 @@
 //! Neither has relative biases. Both run on one thread unless `--threads` says otherwise; heads are what threads share.
 //!
 //! A head has the published multi-head shape (K = V = 64, S = 256, L = M = 128). There are two of them: every head costs
-//! the same, so their number changes neither speed-ups nor the crossover, only how long this runs. (From 32 MiB on, four heads
-//! at 32k, each gradient array comes fresh from the system at every call, and page faults take about a tenth of backward.)
+//! the same, so their number changes neither speed-ups nor the crossover, only how long this runs.
 
 use std::error::Error;
 use std::fs;
@@ -31,7 +30,7 @@ use plotters::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use transformer_vq::attention::{BatchInputs, VqAttention, quadratic};
+use transformer_vq::attention::{BatchGradients, BatchInputs, BatchOutput, VqAttention, quadratic};
 use transformer_vq::check::relative_rms;
 use transformer_vq::codebook::{Codebook, Ema, Estimator, lookup};
 use transformer_vq::ndarray::{Array, Array4, Dimension, ShapeBuilder, s};
@@ -129,9 +128,10 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let lengths: Vec<usize> =
         std::iter::successors(Some(SHORTEST), |t| Some(2 * t)).take_while(|&t| t <= longest).collect();
     let mut samples = vec![(vec![], vec![]); lengths.len()]; // (linear, quadratic), all repetitions of a length
+    let mut results = vec![Results::default(); lengths.len()];
     for _ in 0..repetitions {
-        for (&t, (linear, quadratic)) in lengths.iter().zip(&mut samples) {
-            linear.push(seconds_per_call(t, || problem.linear(t))?);
+        for ((&t, (linear, quadratic)), results) in lengths.iter().zip(&mut samples).zip(&mut results) {
+            linear.push(seconds_per_call(t, || problem.linear(t, results))?);
             if t <= args.max_length {
                 quadratic.push(seconds_per_call(t, || problem.quadratic(t))?);
             }
@@ -148,7 +148,12 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let tables =
         [("forward", rows(|s| s.forward)), ("forward and backward", rows(|s| s.forward + s.backward))];
     // A machine's speed drifts: lengths are compared in pairs of calls next to each other.
-    let pair = || Ok((seconds_per_call(PAIR.0, || problem.linear(PAIR.0))?, problem.linear(PAIR.1)?));
+    let mut results = [Results::default(), Results::default()];
+    let mut pair = || {
+        let [short, long] = &mut results;
+        let short = seconds_per_call(PAIR.0, || problem.linear(PAIR.0, short))?;
+        Ok((short, problem.linear(PAIR.1, long)?))
+    };
     let pairs = (0..3 * repetitions).map(|_| pair()).collect::<Result<Vec<_>, transformer_vq::Error>>()?;
     let flatness = [flatness(&pairs, |s| s.forward), flatness(&pairs, |s| s.forward + s.backward)];
     for ((name, rows), flatness) in tables.iter().zip(flatness) {
@@ -209,6 +214,13 @@ fn seconds_per_call(
     Ok(mean)
 }
 
+/// What the linear side computes, in memory that stays from call to call, as a training loop keeps it.
+#[derive(Clone, Default)]
+struct Results {
+    output: BatchOutput<f32>,
+    gradients: BatchGradients<f32>,
+}
+
 /// One sequence, as long as any length needs; shorter ones are its beginning.
 struct Problem {
     attention: VqAttention,
@@ -247,16 +259,15 @@ impl Problem {
         }
     }
 
-    fn linear(&self, t: usize) -> Result<Seconds, transformer_vq::Error> {
-        let inputs = self.inputs(t);
+    fn linear(&self, t: usize, results: &mut Results) -> Result<Seconds, transformer_vq::Error> {
+        let (inputs, Results { output, gradients }) = (self.inputs(t), results);
         let begun = Instant::now();
         let mut states = self.attention.new_states(1, &self.codebook, self.v.shape()[3])?;
-        let (output, saved) = self.attention.forward(&inputs, &self.codebook, &mut states)?;
+        let saved = self.attention.forward_into(&inputs, &self.codebook, &mut states, output)?;
         let forward = begun.elapsed().as_secs_f64();
         let d_out = inputs.v.view();
-        let gradients = self.attention.backward(&inputs, saved, d_out, Estimator::StraightThrough, 1e-4)?;
+        self.attention.backward_into(&inputs, saved, d_out, Estimator::StraightThrough, 1e-4, gradients)?;
         let backward = begun.elapsed().as_secs_f64() - forward;
-        black_box((output, gradients));
         Ok(Seconds { forward, backward })
     }
 

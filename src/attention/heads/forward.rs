@@ -49,8 +49,9 @@ pub(super) fn run<T: Scalar>(
         let rows = parts(&mut output.out).into_iter().zip(lse).zip(cached_mass);
         rows.map(|((out, lse), cached_mass)| RowOutputs { out, lse, cached_mass }).collect()
     };
-    // Heads first; what threads are left share a sequence.
-    let segments = rayon::current_num_threads().div_ceil((b * h).max(1));
+    // Heads are shared first, then sequences; some parts more than threads, so that none waits long for the last.
+    let threads = rayon::current_num_threads();
+    let segments = if threads > 1 { (4 * threads).div_ceil((b * h).max(1)) } else { 1 };
     let finite = rows
         .into_par_iter()
         .zip(states.iter_mut().collect::<Vec<_>>())
