@@ -6,9 +6,7 @@
 use std::ops::Range;
 
 use super::VqAttention;
-
-/// Queries of a tile: what one pass over codes and recent keys serves.
-pub(super) const LANES: usize = 64;
+use crate::ops::simd::LANES;
 
 /// Where a block lies and which keys are recent for it.
 #[derive(Debug, Clone, Copy)]

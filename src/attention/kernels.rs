@@ -3,9 +3,10 @@
 //! Rows have a fixed length and the sums of a pass stay in registers, so each loop becomes vector instructions without
 //! remainders.
 
-use super::block::LANES;
-use super::tile::Row;
+use fearless_simd::{Simd, SimdBase};
+
 use crate::Scalar;
+use crate::ops::simd::{LANES, Row, fused};
 
 /// `sum <- a + b`.
 #[inline(always)]
@@ -36,39 +37,60 @@ pub(super) fn scatter<T: Scalar>(keys: &[Row<T>], codes: &[u32], content: &mut [
 /// Scores become `exp(score - max)`, cached codes counting as `score + ln N`: the maxima, the sums over cached codes, and the
 /// sums over all.
 #[inline(always)]
-pub(super) fn softmax<T: Scalar>(
+pub(super) fn softmax<S: Simd, T: Scalar>(
+    simd: S,
     content: &mut [Row<T>],
     log_counts: &[T],
     recent: &mut [Row<T>],
 ) -> [Row<T>; 3] {
     let mut max = [T::neg_infinity(); LANES];
     for (row, &log_count) in content.iter_mut().zip(log_counts) {
-        for (max, score) in max.iter_mut().zip(row) {
+        for score in row {
             *score += log_count;
-            *max = if *score > *max { *score } else { *max };
         }
     }
-    for row in recent.iter() {
-        for (max, &score) in max.iter_mut().zip(row) {
-            *max = if score > *max { score } else { *max };
-        }
-    }
-    let cached = exponentiate(content, &[], &max);
-    let mut sum = exponentiate(recent, &[], &max);
+    raise(simd, content, &mut max);
+    raise(simd, recent, &mut max);
+    let cached = exponentiate(simd, content, &[], &max);
+    let mut sum = exponentiate(simd, recent, &[], &max);
     for (sum, &cached) in sum.iter_mut().zip(&cached) {
         *sum += cached;
     }
     [max, cached, sum]
 }
 
+/// `max <- max(max, rows)`. Maxima stay in registers, which a compiler does not see by itself.
+#[inline(always)]
+fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], max: &mut Row<T>) {
+    const TOGETHER: usize = 4;
+    let lanes = T::Vector::<S>::LEN;
+    let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);
+    for first in (0..LANES).step_by(TOGETHER * lanes) {
+        let mut highest: [_; TOGETHER] = std::array::from_fn(|j| load(max, first + j * lanes));
+        for row in rows {
+            for (j, highest) in highest.iter_mut().enumerate() {
+                *highest = highest.max(load(row, first + j * lanes));
+            }
+        }
+        for (j, highest) in highest.iter().enumerate() {
+            highest.store_slice(&mut max[first + j * lanes..][..lanes]);
+        }
+    }
+}
+
 /// Scores become `exp(score + term - shift)`, one term per row or none; returns the sums over rows.
 #[inline(always)]
-pub(super) fn exponentiate<T: Scalar>(rows: &mut [Row<T>], terms: &[T], shift: &Row<T>) -> Row<T> {
+pub(super) fn exponentiate<S: Simd, T: Scalar>(
+    simd: S,
+    rows: &mut [Row<T>],
+    terms: &[T],
+    shift: &Row<T>,
+) -> Row<T> {
     let mut sum = [T::zero(); LANES];
     for (r, row) in rows.iter_mut().enumerate() {
         let term = terms.get(r).copied().unwrap_or(T::zero());
         for ((score, &shift), sum) in row.iter_mut().zip(shift).zip(&mut sum) {
-            *score = (*score + term - shift).exp_fast();
+            *score = (*score + term - shift).exp_fast(fused(simd));
             *sum += *score;
         }
     }

@@ -24,11 +24,12 @@
 
 use std::ops::Range;
 
+use fearless_simd::Simd;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 
 use crate::error::{check_finite, check_shape};
 use crate::ops::matmul::{add_product, product};
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{fused, on_best_simd};
 use crate::{Error, Scalar};
 
 /// Queries of a block, and keys of a tile. Measured (f32, K = V = 64, T = 4096): 128, 256, 512 queries x 256, 512, 1024 keys
@@ -127,7 +128,7 @@ pub fn forward<T: Scalar>(
                 factor: &mut factor[seen],
             };
             let stride = scores.ncols();
-            on_best_simd!(exponentiate(&tile, stride, slice_mut(&mut scores), running)); // (4)
+            on_best_simd!(simd => exponentiate(simd, &tile, stride, slice_mut(&mut scores), running)); // (4)
             let mut out = out.slice_mut(s![tile.queries.clone(), ..]);
             for (mut row, &factor) in
                 out.rows_mut().into_iter().zip(&factor[tile.queries.start - block.start..])
@@ -190,7 +191,7 @@ pub fn backward<T: Scalar>(
         tile.scores(d_out, v, &mut d_scores); // (3), of the same form
         let of_queries = (&lse[queries.clone()], &delta[queries.clone()]);
         let (p, d_p) = (slice_mut(&mut scores), slice_mut(&mut d_scores));
-        on_best_simd!(score_gradients(&tile, stride, p, d_p, of_queries)); // (2)
+        on_best_simd!(simd => score_gradients(simd, &tile, stride, p, d_p, of_queries)); // (2)
         let d_out = d_out.slice(s![queries.clone(), ..]);
         add_product(tile.view(&scores), d_out, d_v.slice_mut(s![keys.clone(), ..])); // (3)
         let d = tile.view(&d_scores);
@@ -226,7 +227,13 @@ struct Running<'a, T> {
 
 /// (4): scores become `exp(s - m')`, 0 where a query does not see a key.
 #[inline(always)]
-fn exponentiate<T: Scalar>(tile: &Tile, stride: usize, scores: &mut [T], running: Running<'_, T>) {
+fn exponentiate<S: Simd, T: Scalar>(
+    simd: S,
+    tile: &Tile,
+    stride: usize,
+    scores: &mut [T],
+    running: Running<'_, T>,
+) {
     let Running { max, sum, factor } = running;
     let lanes = max.len();
     factor.copy_from_slice(max);
@@ -238,7 +245,7 @@ fn exponentiate<T: Scalar>(tile: &Tile, stride: usize, scores: &mut [T], running
     }
     // The first tile of a query leaves no maximum of -inf: it holds key 0, which every query sees.
     for ((factor, &max), sum) in factor.iter_mut().zip(&*max).zip(&mut *sum) {
-        *factor = (*factor - max).exp_fast();
+        *factor = (*factor - max).exp_fast(fused(simd));
         *sum *= *factor;
     }
     for r in 0..tile.keys.len() {
@@ -246,7 +253,7 @@ fn exponentiate<T: Scalar>(tile: &Tile, stride: usize, scores: &mut [T], running
         let row = &mut scores[r * stride..][..lanes];
         row[..from].fill(T::zero());
         for ((score, &max), sum) in row[from..].iter_mut().zip(&max[from..]).zip(&mut sum[from..]) {
-            *score = (*score - max).exp_fast();
+            *score = (*score - max).exp_fast(fused(simd));
             *sum += *score;
         }
     }
@@ -254,7 +261,8 @@ fn exponentiate<T: Scalar>(tile: &Tile, stride: usize, scores: &mut [T], running
 
 /// (2), backward: scores become p, and d_p becomes d_s.
 #[inline(always)]
-fn score_gradients<T: Scalar>(
+fn score_gradients<S: Simd, T: Scalar>(
+    simd: S,
     tile: &Tile,
     stride: usize,
     scores: &mut [T],
@@ -269,7 +277,7 @@ fn score_gradients<T: Scalar>(
         d_row[..from].fill(T::zero());
         let of_queries = lse[from..].iter().zip(&delta[from..]);
         for ((score, d), (&lse, &delta)) in row[from..].iter_mut().zip(&mut d_row[from..]).zip(of_queries) {
-            *score = (*score - lse).exp_fast();
+            *score = (*score - lse).exp_fast(fused(simd));
             *d = *score * (*d - delta);
         }
     }

@@ -12,10 +12,9 @@
 use fearless_simd::{Simd, SimdBase, dispatch};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-use super::block::{LANES, Tile};
-use super::tile::Row;
+use super::block::Tile;
 use crate::Scalar;
-use crate::ops::simd::level;
+use crate::ops::simd::{LANES, Row, level};
 use crate::ops::transpose::{MOST_LANES, transpose_square};
 
 /// How far a square can reach beyond the distances of its queries.

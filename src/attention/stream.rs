@@ -12,12 +12,13 @@
 //! Cost of a token: `2 (S + 2 M) K + 2 (S + M) V` operations, at any position. Pieces of several tokens go through
 //! [`blockwise`].
 
+use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut1, Axis, s};
 
 use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention};
 use crate::ops::matmul::{add_product, product};
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{fused, on_best_simd};
 use crate::{Error, Scalar};
 
 /// From this many tokens on, a block that shares one pass over the cache beats single steps.
@@ -120,7 +121,7 @@ fn token<T: Scalar>(
     let log_counts = if attention.cache { state.cache.log_counts() } else { vec![] };
     let buffer = scores.as_slice_mut().expect("freshly made");
     let (cached, recent) = buffer.split_at_mut(n_codes);
-    let (max, cached_sum, sum) = on_best_simd!(softmax(cached, &log_counts, recent)); // (2)
+    let (max, cached_sum, sum) = on_best_simd!(simd => softmax(simd, cached, &log_counts, recent)); // (2)
 
     let p = scores.insert_axis(Axis(0));
     let mut out = out.insert_axis(Axis(0));
@@ -136,7 +137,7 @@ fn token<T: Scalar>(
 
 /// Exponentials of a row of scores in place, without a common factor: its logarithm, the cached sum, the whole sum.
 #[inline(always)]
-fn softmax<T: Scalar>(cached: &mut [T], log_counts: &[T], recent: &mut [T]) -> (T, T, T) {
+fn softmax<S: Simd, T: Scalar>(simd: S, cached: &mut [T], log_counts: &[T], recent: &mut [T]) -> (T, T, T) {
     let larger = |max: T, score: T| if score > max { score } else { max };
     let mut max = recent.iter().fold(T::neg_infinity(), |max, &score| larger(max, score));
     for (score, &log_count) in cached.iter_mut().zip(log_counts) {
@@ -148,12 +149,12 @@ fn softmax<T: Scalar>(cached: &mut [T], log_counts: &[T], recent: &mut [T]) -> (
         cached.fill(T::zero());
     }
     for score in cached.iter_mut().take(log_counts.len()) {
-        *score = (*score - max).exp_fast();
+        *score = (*score - max).exp_fast(fused(simd));
         cached_sum += *score;
     }
     let mut sum = cached_sum;
     for score in recent {
-        *score = (*score - max).exp_fast();
+        *score = (*score - max).exp_fast(fused(simd));
         sum += *score;
     }
     (max, cached_sum, sum)

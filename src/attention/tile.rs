@@ -14,17 +14,14 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 
-use super::block::{LANES, Tile};
+use super::block::Tile;
 use super::blockwise::Piece;
 use super::kernels::{add, exponentiate, scatter, score_gradients, softmax};
 use super::skew;
 use crate::Scalar;
 use crate::ops::matmul::product;
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
-
-/// One number per query.
-pub(super) type Row<T> = [T; LANES];
 
 /// The matrix [rows, 64] of these rows.
 pub(super) fn view<T>(rows: &[Row<T>]) -> ArrayView2<'_, T> {
@@ -36,24 +33,19 @@ pub(super) fn view_mut<T>(rows: &mut [Row<T>]) -> ArrayViewMut2<'_, T> {
     rows.into()
 }
 
-/// Zeros of 64 lanes.
-pub(super) fn zeros<T: Scalar>(rows: usize) -> Vec<Row<T>> {
-    vec![[T::zero(); LANES]; rows]
-}
-
 /// Buffers for the scores of one tile, made once per piece.
 #[derive(Debug)]
 pub(super) struct Scores<T> {
     /// The codes whose scores these are.
     codes: Range<usize>,
     /// (1), then p of cached codes [S].
-    pub content: Vec<Row<T>>,
+    pub content: Rows<T>,
     /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
-    recent: Vec<Row<T>>,
+    recent: Rows<T>,
     /// q + u [64, K].
     q_content: Array2<T>,
     /// Its transpose [K].
-    q_content_t: Vec<Row<T>>,
+    q_content_t: Rows<T>,
     /// q + w [64, K].
     q_position: Array2<T>,
     /// (q + w) . r, in the layout of [`skew`].
@@ -68,10 +60,10 @@ impl<T: Scalar> Scores<T> {
         let biased = if piece.inputs.biases.is_some() { LANES } else { 0 };
         Scores {
             codes: 0..piece.inputs.codewords.nrows(),
-            content: zeros(piece.inputs.codewords.nrows()),
-            recent: zeros(rows),
+            content: Rows::zeros(piece.inputs.codewords.nrows()),
+            recent: Rows::zeros(rows),
             q_content: Array2::zeros((LANES, k)),
-            q_content_t: zeros(k),
+            q_content_t: Rows::zeros(k),
             q_position: Array2::zeros((biased, k)),
             bias: skew::zeros(biased, attention.window),
         }
@@ -81,11 +73,11 @@ impl<T: Scalar> Scores<T> {
     pub fn of_codes(piece: &Piece<'_, T>, codes: Range<usize>) -> Self {
         let k = piece.inputs.q.ncols();
         Scores {
-            content: zeros(codes.len()),
+            content: Rows::zeros(codes.len()),
             codes,
-            recent: vec![],
+            recent: Rows::zeros(0),
             q_content: Array2::zeros((LANES, k)),
-            q_content_t: zeros(k),
+            q_content_t: Rows::zeros(k),
             q_position: Array2::zeros((0, k)),
             bias: skew::zeros(0, 0),
         }
@@ -126,17 +118,17 @@ impl<T: Scalar> Scores<T> {
     /// (3) with each query's largest score as its shift: shifts, sums over cached codes, and sums over all that is seen.
     pub fn softmax(&mut self, tile: &Tile, log_counts: &[T]) -> [Row<T>; 3] {
         let (content, recent) = (&mut self.content[..log_counts.len()], &mut self.recent[..tile.rows.len()]);
-        on_best_simd!(softmax(content, log_counts, recent))
+        on_best_simd!(simd => softmax(simd, content, log_counts, recent))
     }
 
     /// (3) for cached codes.
     pub fn exponentiate_cached(&mut self, log_counts: &[T], shift: &Row<T>) {
-        on_best_simd!(exponentiate(&mut self.content[..log_counts.len()], log_counts, shift));
+        on_best_simd!(simd => exponentiate(simd, &mut self.content[..log_counts.len()], log_counts, shift));
     }
 
     /// (3) for recent keys.
     pub fn exponentiate_recent(&mut self, tile: &Tile, shift: &Row<T>) {
-        on_best_simd!(exponentiate(&mut self.recent[..tile.rows.len()], &[], shift));
+        on_best_simd!(simd => exponentiate(simd, &mut self.recent[..tile.rows.len()], &[], shift));
     }
 
     /// Scores or p of recent keys, one per row of the tile.
@@ -171,9 +163,9 @@ fn load<T: Scalar>(q: ArrayView2<'_, T>, bias: Option<ArrayView1<'_, T>>, sum: &
 #[derive(Debug)]
 pub(super) struct ScoreGradients<T> {
     /// [S].
-    pub content: Vec<Row<T>>,
+    pub content: Rows<T>,
     /// [M + L].
-    recent: Vec<Row<T>>,
+    recent: Rows<T>,
     /// Of (q + w) . r, in the layout of [`skew`].
     bias: Array2<T>,
 }
@@ -181,8 +173,8 @@ pub(super) struct ScoreGradients<T> {
 impl<T: Scalar> ScoreGradients<T> {
     pub fn new(scores: &Scores<T>) -> Self {
         ScoreGradients {
-            content: zeros(scores.content.len()),
-            recent: zeros(scores.recent.len()),
+            content: Rows::zeros(scores.content.len()),
+            recent: Rows::zeros(scores.recent.len()),
             bias: Array2::zeros(scores.bias.raw_dim()),
         }
     }

@@ -31,25 +31,23 @@
 //! (4) slow.
 //!
 //! Cost: 2 N S K operations in the product and about six per score in (4). A key with m codes within tau_j pays m K more in
-//! plain loops; where codewords differ that is about one key in a thousand, with m = 2. Scratch: S x 128 scores per task.
+//! plain loops; where codewords differ that is about one key in a thousand, with m = 2. Scratch: S x 64 scores per task.
 
-use ndarray::{Array1, Array3, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, ShapeBuilder, s};
+use ndarray::{Array1, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
-use super::packed::{PackedCodewords, norm};
+use super::packed::PackedCodewords;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::matmul::product;
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
+use crate::ops::transpose::transpose;
 use crate::{Error, Scalar};
 
-/// Keys whose scores are computed by one product: their scores against some hundred codes stay in the second-level cache.
-const BLOCK: usize = 128;
-
 /// Keys whose lowest scores are kept in registers while the codes go by.
-const LANES: usize = 32;
+const GROUP: usize = LANES / 2;
 
 /// Keys of one task: enough to repay its scratch, few enough to share a sequence among threads.
-const KEYS_PER_TASK: usize = 8 * BLOCK;
+const KEYS_PER_TASK: usize = 1024;
 
 /// The code of each key, by definition: the index of the codeword at the smallest distance, the lowest such index.
 ///
@@ -188,69 +186,76 @@ pub(crate) fn assign_into<T: Scalar>(
 ) -> bool {
     debug_assert_eq!(keys.dim(), (codes.len(), codewords.centred.ncols()));
     let n_codes = codewords.offsets.len();
-    let groups = BLOCK.min(codes.len()).div_ceil(LANES);
-    let mut products = vec![[T::zero(); LANES]; n_codes * groups];
-    let mut lowest =
-        vec![Lowest { best: [T::zero(); LANES], second: [T::zero(); LANES], code: [0; LANES] }; groups];
+    let mut keys_t = Rows::zeros(keys.ncols());
+    let mut products = Rows::zeros(n_codes);
     let mut finite = true;
-    for (keys, codes) in keys.axis_chunks_iter(Axis(0), BLOCK).zip(codes.chunks_mut(BLOCK)) {
-        let n = codes.len();
-        let groups = n.div_ceil(LANES);
-        let rows = &mut products[..n_codes * groups];
-        // Lanes beyond n keep what an earlier block left there; nobody asks for their codes.
-        let shape = (n_codes, n).strides((groups * LANES, 1));
-        let mut products = ArrayViewMut2::from_shape(shape, rows.as_flattened_mut()).expect("rows of lanes"); // [S, n]
-        product(codewords.centred.view(), keys.t(), products.view_mut());
-        on_best_simd!(find_lowest(rows, &codewords.offsets, &mut lowest[..groups]));
-        for (j, key) in keys.outer_iter().enumerate() {
-            let key_norm = norm(key);
+    for (keys, codes) in keys.axis_chunks_iter(Axis(0), LANES).zip(codes.chunks_mut(LANES)) {
+        transpose(keys, &mut keys_t);
+        let columns: ArrayView2<'_, T> = (&*keys_t).into(); // [K, 64]
+        product(codewords.centred.view(), columns, (&mut *products).into()); // [S, 64]
+        let lowest = on_best_simd!(find_lowest(&products, &codewords.offsets));
+        let norms = on_best_simd!(norms(&keys_t));
+        for (j, (key, &key_norm)) in keys.outer_iter().zip(&norms).enumerate() {
             finite &= key_norm.is_finite();
             let tolerance = codewords.tolerance(key_norm);
-            let (group, lane) = (&lowest[j / LANES], j % LANES);
+            let (group, lane) = (&lowest[j / GROUP], j % GROUP);
             let best = group.best[lane].as_f64();
             // False as well when the scores are infinite or NaN.
             let clear = group.second[lane].as_f64() - best > tolerance;
             codes[j] = if clear {
                 group.code[lane]
             } else {
-                let products = rows[j / LANES..].iter().step_by(groups).map(|row| row[lane]);
-                codewords.settle(key, products, best, tolerance)
+                codewords.settle(key, products.iter().map(|row| row[j]), best, tolerance)
             };
         }
     }
     finite
 }
 
+/// |k| of each key, from keys in columns [K, 64]. Its rounding, K eps/4, finds room in the 4 of (5) up to K = 5,000.
+#[inline(always)]
+fn norms<T: Scalar>(keys_t: &[Row<T>]) -> [f64; LANES] {
+    let mut squares = [T::zero(); LANES];
+    for row in keys_t {
+        for (square, &k) in squares.iter_mut().zip(row) {
+            *square += k * k;
+        }
+    }
+    squares.map(|square| square.as_f64().sqrt())
+}
+
 /// Per key of a group: the lowest score, the second lowest, and the code of the lowest.
-#[derive(Clone)]
 struct Lowest<T> {
-    best: [T; LANES],
-    second: [T; LANES],
-    code: [u32; LANES],
+    best: [T; GROUP],
+    second: [T; GROUP],
+    code: [u32; GROUP],
 }
 
 /// (3) and the argmin of (4).
 ///
-/// `products` [S, groups] of lanes, `offsets` `[S]`, `lowest` [groups].
+/// `products` [S, 64], `offsets` `[S]`.
 #[inline(always)]
-fn find_lowest<T: Scalar>(products: &[[T; LANES]], offsets: &[T], lowest: &mut [Lowest<T>]) {
-    let groups = lowest.len();
-    for (group, lowest) in lowest.iter_mut().enumerate() {
-        // Local, so that they stay in registers for all codes.
-        let (mut best, mut second) = ([T::infinity(); LANES], [T::infinity(); LANES]);
-        let mut nearest = [0; LANES];
-        for ((code, products), &h) in (0..).zip(products[group..].iter().step_by(groups)).zip(offsets) {
-            for lane in 0..LANES {
-                let score = h - products[lane];
-                let wins = score < best[lane];
-                let runner_up = if wins { best[lane] } else { score };
-                second[lane] = if runner_up < second[lane] { runner_up } else { second[lane] };
-                nearest[lane] = if wins { code } else { nearest[lane] };
-                best[lane] = if wins { score } else { best[lane] };
-            }
+fn find_lowest<T: Scalar>(products: &[Row<T>], offsets: &[T]) -> [Lowest<T>; 2] {
+    [find_lowest_of::<T, 0>(products, offsets), find_lowest_of::<T, 1>(products, offsets)]
+}
+
+#[inline(always)]
+fn find_lowest_of<T: Scalar, const HALF: usize>(products: &[Row<T>], offsets: &[T]) -> Lowest<T> {
+    // Local, so that they stay in registers for all codes.
+    let (mut best, mut second) = ([T::infinity(); GROUP], [T::infinity(); GROUP]);
+    let mut nearest = [0; GROUP];
+    for ((code, products), &h) in (0..).zip(products).zip(offsets) {
+        let products = &products.as_chunks::<GROUP>().0[HALF];
+        for lane in 0..GROUP {
+            let score = h - products[lane];
+            let wins = score < best[lane];
+            let runner_up = if wins { best[lane] } else { score };
+            second[lane] = if runner_up < second[lane] { runner_up } else { second[lane] };
+            nearest[lane] = if wins { code } else { nearest[lane] };
+            best[lane] = if wins { score } else { best[lane] };
         }
-        *lowest = Lowest { best, second, code: nearest };
     }
+    Lowest { best, second, code: nearest }
 }
 
 #[cfg(test)]
@@ -258,6 +263,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
+    use crate::codebook::packed::norm;
 
     /// Numbers in -1 .. 1 without a pattern, around `offset`.
     fn numbers<T: Scalar>(rows: usize, cols: usize, seed: u64, offset: f64) -> Array2<T> {

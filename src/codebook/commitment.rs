@@ -20,6 +20,7 @@ use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// (2): the unweighted loss.
@@ -171,17 +172,37 @@ pub(crate) fn squared_error<T: Scalar>(
     mask: Option<ArrayView1<'_, bool>>,
 ) -> f64 {
     debug_assert_eq!(keys.dim(), (codes.len(), codewords.ncols()));
-    // One sum per dimension: neighbours do not wait for each other.
-    let mut sums = Array1::<f64>::zeros(keys.ncols()); // [K]
+    let mut total = 0.0;
     for (j, (key, &code)) in keys.outer_iter().zip(codes).enumerate() {
         if mask.is_none_or(|mask| mask[j]) {
-            Zip::from(&mut sums).and(key).and(codewords.row(code as usize)).for_each(|sum, &k, &c| {
-                let e = (k - c).as_f64();
-                *sum += e * e;
-            });
+            let codeword = codewords.row(code as usize);
+            total += match (key.to_slice(), codeword.to_slice()) {
+                (Some(key), Some(codeword)) => on_best_simd!(squared_distance(key, codeword)),
+                _ => key.iter().zip(codeword).map(|(&k, &c)| (k - c).as_f64().powi(2)).sum(),
+            };
         }
     }
-    sums.sum()
+    total
+}
+
+/// |k - c|^2, a sum per lane, so that neighbours do not wait for each other.
+#[inline(always)]
+fn squared_distance<T: Scalar>(key: &[T], codeword: &[T]) -> f64 {
+    const LANES: usize = 16;
+    let mut sums = [0.0; LANES];
+    let ((keys, keys_rest), (codewords, codewords_rest)) = (key.as_chunks(), codeword.as_chunks());
+    for (key, codeword) in keys.iter().zip(codewords) {
+        let (key, codeword): (&[T; LANES], &[T; LANES]) = (key, codeword);
+        for ((sum, &k), &c) in sums.iter_mut().zip(key).zip(codeword) {
+            let e = (k - c).as_f64();
+            *sum += e * e;
+        }
+    }
+    for ((sum, &k), &c) in sums.iter_mut().zip(keys_rest).zip(codewords_rest) {
+        let e = (k - c).as_f64();
+        *sum += e * e;
+    }
+    sums.iter().sum()
 }
 
 /// (3) for one sequence, given `scale` = 2 w / Z.
@@ -198,11 +219,26 @@ pub(crate) fn add_gradient<T: Scalar>(
 ) {
     debug_assert_eq!(keys.dim(), (codes.len(), codewords.ncols()));
     debug_assert_eq!(keys.dim(), d_keys.dim());
-    for (j, ((key, &code), d_key)) in keys.outer_iter().zip(codes).zip(d_keys.outer_iter_mut()).enumerate() {
+    for (j, ((key, &code), mut d_key)) in
+        keys.outer_iter().zip(codes).zip(d_keys.outer_iter_mut()).enumerate()
+    {
         if mask.is_none_or(|mask| mask[j]) {
             let codeword = codewords.row(code as usize);
-            Zip::from(d_key).and(key).and(codeword).for_each(|d, &k, &c| *d += scale * (k - c));
+            match (d_key.as_slice_mut(), key.to_slice(), codeword.to_slice()) {
+                (Some(d), Some(key), Some(codeword)) => {
+                    on_best_simd!(add_scaled_difference(key, codeword, scale, d));
+                }
+                _ => Zip::from(d_key).and(key).and(codeword).for_each(|d, &k, &c| *d += scale * (k - c)),
+            }
         }
+    }
+}
+
+/// `d <- d + scale (k - c)`.
+#[inline(always)]
+fn add_scaled_difference<T: Scalar>(key: &[T], codeword: &[T], scale: T, d: &mut [T]) {
+    for ((d, &k), &c) in d.iter_mut().zip(key).zip(codeword) {
+        *d += scale * (k - c);
     }
 }
 

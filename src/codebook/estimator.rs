@@ -295,13 +295,10 @@ mod tests {
         let expected = d.clone();
         let mut d_codewords = array![[1.0, 1.0]];
         let codes = array![0, 0];
-        Estimator::default().backward(
-            keys.view(),
-            codes.view(),
-            codewords.view(),
-            d.view_mut(),
-            d_codewords.view_mut(),
-        );
+        let (keys, codes, codewords, through) =
+            (keys.view(), codes.view(), codewords.view(), Estimator::default());
+        through.add_codeword_gradient(keys, codes, codewords, d.view(), d_codewords.view_mut());
+        through.key_backward(keys, codes, codewords, d.view_mut());
         assert_eq!(d, expected);
         assert_eq!(d_codewords, array![[1.5, 7.0]]);
     }

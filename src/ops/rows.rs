@@ -22,26 +22,29 @@ fn per_task(width: usize) -> usize {
 
 /// Whether every number is finite.
 pub(crate) fn all_finite<T: Scalar>(x: ArrayView2<'_, T>) -> bool {
-    // 0 x is 0, but NaN where x is not finite; a sum with NaN in it is NaN.
-    let mut sums = [T::zero(); 64];
-    for row in x.rows() {
-        match row.to_slice() {
-            Some(row) => on_best_simd!(add_nothing(row, &mut sums)),
-            None => row.iter().for_each(|&x| sums[0] += x * T::zero()),
-        }
+    if x.ncols() > 0 && x.strides()[1] != 1 {
+        return x.iter().all(|x| x.is_finite());
     }
+    let sums = on_best_simd!(sums_of_nothing(x));
     sums.iter().fold(T::zero(), |total, &sum| total + sum).is_zero()
 }
 
-/// `sums <- sums + 0 row`, a part of the row at a time.
+/// Sums of 0 x, over contiguous rows: 0, but NaN where some x is not finite.
 #[inline(always)]
-fn add_nothing<T: Scalar>(row: &[T], sums: &mut [T; 64]) {
-    let (chunks, rest) = row.as_chunks::<64>();
-    for chunk in chunks.iter().map(|chunk| &chunk[..]).chain([rest]) {
-        for (sum, &x) in sums.iter_mut().zip(chunk) {
-            *sum += x * T::zero();
+fn sums_of_nothing<T: Scalar>(x: ArrayView2<'_, T>) -> [T; 32] {
+    let mut sums = [T::zero(); 32];
+    for row in x.rows() {
+        let (chunks, rest) = row.to_slice().expect("contiguous rows").as_chunks::<32>();
+        for chunk in chunks {
+            for (sum, &x) in sums.iter_mut().zip(chunk) {
+                *sum += x * T::zero();
+            }
+        }
+        for &x in rest {
+            sums[0] += x * T::zero();
         }
     }
+    sums
 }
 
 /// Zeros of shape [rows, width], if such an array can exist.

@@ -1,8 +1,8 @@
 //! SiLU, and the gate made of it.
 //!
 //! ```text
-//! (1) silu(x) = x s(x),                     s(x) = 1 / (1 + exp(-x))
-//! (2) gate: y = o silu(g)
+//! (1) silu(fused, x) = x s(x),                     s(x) = 1 / (1 + exp(-x))
+//! (2) gate: y = o silu(fused, g)
 //! (3) silu'(x) = s(x) (1 + x (1 - s(x)))
 //! ```
 //! Values and derivatives are finite for every finite x. Where exp(-|x|) leaves the range of the type (|x| above 87 in `f32`,
@@ -14,11 +14,11 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::rows;
-use super::simd::on_best_simd;
+use super::simd::{fused, on_best_simd};
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
-/// y = silu(x), formula (1). Relative error at most 7e-7 (`f32`) or 2e-15 (`f64`) for x above -87 (-708).
+/// y = silu(fused, x), formula (1). Relative error at most 7e-7 (`f32`) or 2e-15 (`f64`) for x above -87 (-708).
 ///
 /// # Shapes
 /// `x` [N, width]; the result has the same.
@@ -27,14 +27,14 @@ use crate::{Error, Scalar};
 /// `TooLarge` for a broadcast view that no array could hold.
 pub fn forward<T: Scalar>(x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     let mut y = rows::zeros("y", x.dim())?;
-    rows::map(x.dim(), [x], [&mut y], |_, [x], [y]| on_best_simd!(forward_row(x, y)));
+    rows::map(x.dim(), [x], [&mut y], |_, [x], [y]| on_best_simd!(simd => forward_row(fused(simd), x, y)));
     Ok(y)
 }
 
 #[inline(always)]
-fn forward_row<T: Scalar>(x: &[T], y: &mut [T]) {
+fn forward_row<T: Scalar>(fused: bool, x: &[T], y: &mut [T]) {
     for (&x, y) in x.iter().zip(y) {
-        *y = silu(x); // (1)
+        *y = silu(fused, x); // (1)
     }
 }
 
@@ -48,18 +48,23 @@ fn forward_row<T: Scalar>(x: &[T], y: &mut [T]) {
 pub fn backward<T: Scalar>(x: ArrayView2<'_, T>, d_y: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("d_y", x.shape(), d_y.shape())?;
     let mut d_x = rows::zeros("d_x", x.dim())?;
-    rows::map(x.dim(), [x, d_y], [&mut d_x], |_, [x, d_y], [d_x]| on_best_simd!(backward_row(x, d_y, d_x)));
+    rows::map(
+        x.dim(),
+        [x, d_y],
+        [&mut d_x],
+        |_, [x, d_y], [d_x]| on_best_simd!(simd => backward_row(fused(simd), x, d_y, d_x)),
+    );
     Ok(d_x)
 }
 
 #[inline(always)]
-fn backward_row<T: Scalar>(x: &[T], d_y: &[T], d_x: &mut [T]) {
+fn backward_row<T: Scalar>(fused: bool, x: &[T], d_y: &[T], d_x: &mut [T]) {
     for ((&x, &d_y), d_x) in x.iter().zip(d_y).zip(d_x) {
-        *d_x = d_y * derivative(x); // (3)
+        *d_x = d_y * derivative(fused, x); // (3)
     }
 }
 
-/// y = o silu(g), formula (2).
+/// y = o silu(fused, g), formula (2).
 ///
 /// # Shapes
 /// `o`, `g` [N, width]; the result has the same.
@@ -69,18 +74,23 @@ fn backward_row<T: Scalar>(x: &[T], d_y: &[T], d_x: &mut [T]) {
 pub fn gate<T: Scalar>(o: ArrayView2<'_, T>, g: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("g", o.shape(), g.shape())?;
     let mut y = rows::zeros("y", o.dim())?;
-    rows::map(o.dim(), [o, g], [&mut y], |_, [o, g], [y]| on_best_simd!(gate_row(o, g, y)));
+    rows::map(
+        o.dim(),
+        [o, g],
+        [&mut y],
+        |_, [o, g], [y]| on_best_simd!(simd => gate_row(fused(simd), o, g, y)),
+    );
     Ok(y)
 }
 
 #[inline(always)]
-fn gate_row<T: Scalar>(o: &[T], g: &[T], y: &mut [T]) {
+fn gate_row<T: Scalar>(fused: bool, o: &[T], g: &[T], y: &mut [T]) {
     for ((&o, &g), y) in o.iter().zip(g).zip(y) {
-        *y = o * silu(g); // (2)
+        *y = o * silu(fused, g); // (2)
     }
 }
 
-/// (d_o, d_g) = (d_y silu(g), d_y o silu'(g)).
+/// (d_o, d_g) = (d_y silu(fused, g), d_y o silu'(g)).
 ///
 /// # Shapes
 /// `o`, `g`, `d_y` [N, width]; both results have the same.
@@ -95,35 +105,38 @@ pub fn gate_backward<T: Scalar>(
     check_shape("g", o.shape(), g.shape())?;
     check_shape("d_y", o.shape(), d_y.shape())?;
     let (mut d_o, mut d_g) = (rows::zeros("d_o", o.dim())?, rows::zeros("d_g", o.dim())?);
-    rows::map(o.dim(), [o, g, d_y], [&mut d_o, &mut d_g], |_, [o, g, d_y], [d_o, d_g]| {
-        on_best_simd!(gate_backward_row(o, g, d_y, d_o, d_g))
-    });
+    rows::map(
+        o.dim(),
+        [o, g, d_y],
+        [&mut d_o, &mut d_g],
+        |_, [o, g, d_y], [d_o, d_g]| on_best_simd!(simd => gate_backward_row(fused(simd), o, g, d_y, d_o, d_g)),
+    );
     Ok((d_o, d_g))
 }
 
 #[inline(always)]
-fn gate_backward_row<T: Scalar>(o: &[T], g: &[T], d_y: &[T], d_o: &mut [T], d_g: &mut [T]) {
+fn gate_backward_row<T: Scalar>(fused: bool, o: &[T], g: &[T], d_y: &[T], d_o: &mut [T], d_g: &mut [T]) {
     for ((((&o, &g), &d_y), d_o), d_g) in o.iter().zip(g).zip(d_y).zip(d_o).zip(d_g) {
-        *d_o = d_y * silu(g); // (2)
-        *d_g = d_y * o * derivative(g); // (3)
+        *d_o = d_y * silu(fused, g); // (2)
+        *d_g = d_y * o * derivative(fused, g); // (3)
     }
 }
 
 #[inline(always)]
-fn silu<T: Scalar>(x: T) -> T {
-    x * sigmoid(x).0
+fn silu<T: Scalar>(fused: bool, x: T) -> T {
+    x * sigmoid(fused, x).0
 }
 
 #[inline(always)]
-fn derivative<T: Scalar>(x: T) -> T {
-    let (s, rest) = sigmoid(x);
+fn derivative<T: Scalar>(fused: bool, x: T) -> T {
+    let (s, rest) = sigmoid(fused, x);
     s * (T::one() + x * rest)
 }
 
 /// s(x) and 1 - s(x), each to full relative precision: the exponent is never positive, and nothing is subtracted.
 #[inline(always)]
-fn sigmoid<T: Scalar>(x: T) -> (T, T) {
-    let e = (-x.abs()).exp_fast();
+fn sigmoid<T: Scalar>(fused: bool, x: T) -> (T, T) {
+    let e = (-x.abs()).exp_fast(fused);
     let large = T::one() / (T::one() + e);
     let small = e * large;
     if x < T::zero() { (small, large) } else { (large, small) }

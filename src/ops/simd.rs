@@ -1,12 +1,19 @@
-//! Plain loops, compiled once per instruction set, the best one picked when the program runs.
+//! Loops compiled once per instruction set, the best one picked when the program runs; rows of lanes for them.
 
-use fearless_simd::Level;
+use std::ops::{Deref, DerefMut};
+
+use fearless_simd::{Level, Simd};
+
+use crate::Scalar;
 
 /// Runs an expression compiled for AVX-512, AVX2, NEON or the plain target, whichever the processor has.
 ///
 /// The expression should be one call of an `#[inline(always)]` function whose loops run over slices: those loops are
-/// then vectorised for each instruction set.
+/// then vectorised for each instruction set. `on_best_simd!(simd => f(simd, ...))` hands the function what it was compiled for.
 macro_rules! on_best_simd {
+    ($simd:ident => $call:expr) => {
+        fearless_simd::dispatch!($crate::ops::simd::level(), $simd => $call)
+    };
     ($call:expr) => {
         fearless_simd::dispatch!($crate::ops::simd::level(), _ => $call)
     };
@@ -16,4 +23,57 @@ pub(crate) use on_best_simd;
 /// The instruction set that this program uses: the best that the processor has.
 pub(crate) fn level() -> Level {
     Level::new()
+}
+
+/// Whether a multiplication and an addition are one instruction.
+#[inline(always)]
+pub(crate) fn fused<S: Simd>(simd: S) -> bool {
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    return matches!(simd.level(), Level::Avx512(_) | Level::Avx2(_));
+    #[cfg(target_arch = "aarch64")]
+    return matches!(simd.level(), Level::Neon(_));
+    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64", target_arch = "aarch64")))]
+    return {
+        let _ = simd;
+        false
+    };
+}
+
+/// Numbers that a pass works on side by side: four registers of the widest kind.
+pub(crate) const LANES: usize = 64;
+
+/// A row of lanes.
+pub(crate) type Row<T> = [T; LANES];
+
+/// Rows of lanes, each of which begins on a cache line: a load that lies on two lines costs two.
+#[derive(Debug)]
+pub(crate) struct Rows<T> {
+    elements: Vec<T>,
+    first: usize,
+    rows: usize,
+}
+
+impl<T: Scalar> Rows<T> {
+    /// Rows of zeros.
+    pub fn zeros(rows: usize) -> Self {
+        const LINE: usize = 64;
+        let elements = vec![T::zero(); rows * LANES + LINE / size_of::<T>()];
+        // No offset is an offset that costs time only.
+        let first = elements.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+        Rows { elements, first, rows }
+    }
+}
+
+impl<T> Deref for Rows<T> {
+    type Target = [Row<T>];
+
+    fn deref(&self) -> &[Row<T>] {
+        &self.elements[self.first..].as_chunks().0[..self.rows]
+    }
+}
+
+impl<T> DerefMut for Rows<T> {
+    fn deref_mut(&mut self) -> &mut [Row<T>] {
+        &mut self.elements[self.first..].as_chunks_mut().0[..self.rows]
+    }
 }

@@ -7,11 +7,12 @@ use rayon::prelude::*;
 
 use super::{Piece, Saved, Segment};
 use crate::Scalar;
-use crate::attention::block::{LANES, Tile};
-use crate::attention::tile::{Row, ScoreGradients, Scores, view, view_mut, zeros};
+use crate::attention::block::Tile;
+use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, Inputs, VqAttention};
 use crate::ops::matmul::{add_product, product};
 use crate::ops::rows::all_finite;
+use crate::ops::simd::{LANES, Row, Rows};
 use crate::ops::transpose::transpose;
 
 /// Where the gradients of rows go; what the buffers hold does not matter.
@@ -131,7 +132,7 @@ fn run_segment<T: Scalar>(
     let mut sums = SegmentGradients::zeros(piece, reaches);
     let mut scores = Scores::new(piece);
     let mut d_scores = ScoreGradients::new(&scores);
-    let mut d_out_t = zeros(d_out.ncols());
+    let mut d_out_t = Rows::zeros(d_out.ncols());
     let mut d_q_position = Array2::zeros((LANES, inputs.q.ncols()));
     for block in blocks.map(|n| piece.block(n)) {
         piece.enter(&block, &mut entered, &mut cache);
