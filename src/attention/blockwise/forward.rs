@@ -1,14 +1,17 @@
 //! The sweep forward: formulas (1) to (4) of the module above.
 
-use ndarray::{ArrayViewMut2, Axis, s};
+use std::ops::Range;
+
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::{Piece, Segment};
 use crate::Scalar;
+use crate::attention::block::Block;
 use crate::attention::kernels::scale;
 use crate::attention::tile::{Scores, view};
 use crate::attention::{AttentionState, CompressiveCache, Inputs, VqAttention};
-use crate::ops::matmul::{add_product, product};
+use crate::ops::matmul::{PackedRows, add_product};
 use crate::ops::rows::all_finite;
 use crate::ops::simd::on_best_simd;
 
@@ -42,8 +45,19 @@ pub(in crate::attention) fn run<T: Scalar>(
     rows: RowOutputs<'_, T>,
     segments: usize,
 ) -> bool {
+    run_in_parts(attention, inputs, state, rows, segments.min(inputs.q.nrows() / SEGMENT))
+}
+
+/// [`run`] in parts of any length.
+pub(super) fn run_in_parts<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    state: &mut AttentionState<T>,
+    rows: RowOutputs<'_, T>,
+    segments: usize,
+) -> bool {
     let piece = Piece::new(attention, inputs.reborrow(), state.window_keys());
-    let segments = piece.segments(segments.min(piece.codes.len() / SEGMENT), &mut state.cache);
+    let segments = piece.segments(segments, &mut state.cache);
     let mut tasks = vec![];
     let mut rest = rows;
     for segment in segments {
@@ -71,9 +85,12 @@ fn run_segment<T: Scalar>(
     let first = segment.queries(piece).start;
     let Segment { blocks, mut cache, mut entered } = segment;
     let mut scores = Scores::new(piece);
+    let mut values = Values::new(piece, &piece.block(blocks.start), &cache);
     let mut finite = true;
     for block in blocks.map(|n| piece.block(n)) {
+        let before = entered;
         piece.enter(&block, &mut entered, &mut cache); // (4)
+        values.enter(piece, &block, before..entered, &cache);
         finite &= all_finite(piece.inputs.q.slice(s![block.queries(), ..]));
         finite &= all_finite(piece.inputs.v.slice(s![block.queries(), ..]));
         let log_counts = piece.log_counts(&cache);
@@ -89,13 +106,15 @@ fn run_segment<T: Scalar>(
             let mut out = rows.out.slice_mut(s![queries, ..]);
             let (old, keys) = tile.parts();
             let (p_old, p_new) = scores.recent(&tile).split_at(old.len());
-            let v = piece.inputs.v.slice(s![keys, ..]);
-            product(view(p_new).slice(s![.., ..tile.len]).t(), v, out.view_mut()); // (3)
+            values.product(view(p_new).slice(s![.., ..tile.len]).t(), keys, out.view_mut()); // (3)
             let p_old = view(p_old).slice_move(s![.., ..tile.len]);
             add_product(p_old.t(), piece.carried_values(&tile), out.view_mut());
             if piece.attention.cache {
                 let p = view(&scores.content).slice_move(s![.., ..tile.len]);
-                add_product(p.t(), cache.mean(), out.view_mut());
+                match &values.mean {
+                    Some(mean) => mean.product(p.t(), 0, out.view_mut(), true),
+                    None => add_product(p.t(), cache.mean(), out.view_mut()),
+                }
             }
             for (mut row, &sum) in out.rows_mut().into_iter().zip(&sum) {
                 match row.as_slice_mut() {
@@ -106,4 +125,65 @@ fn run_segment<T: Scalar>(
         }
     }
     (finite, cache, entered)
+}
+
+/// Bytes of a row from which on products do better with a packed copy.
+const LONG: usize = 512;
+
+/// Values in the order in which products read them.
+struct Values<T> {
+    /// Those of the piece's recent keys, the key at position j in row j mod (M + L).
+    recent: PackedRows<T>,
+    /// First position that is not in it yet.
+    next: usize,
+    /// Of the cache, where its rows are so long that a copy pays.
+    mean: Option<PackedRows<T>>,
+}
+
+impl<T: Scalar> Values<T> {
+    /// As they are before `block`, the first of a segment, which sees this cache.
+    fn new(piece: &Piece<'_, T>, block: &Block, cache: &CompressiveCache<T>) -> Self {
+        let (t, d_v) = piece.inputs.v.dim();
+        let VqAttention { block_len, window, .. } = *piece.attention;
+        let mean = (piece.attention.cache && d_v * size_of::<T>() > LONG).then(|| {
+            let mut mean = PackedRows::zeros(cache.mean().nrows(), d_v);
+            cache.mean().rows().into_iter().enumerate().for_each(|(code, row)| mean.set(code, row));
+            mean
+        });
+        let recent = PackedRows::zeros(t.min(block_len) + t.min(window), d_v);
+        Values { recent, next: block.first_key, mean }
+    }
+
+    /// Takes in the values of `block`, and the means of the codes whose keys, counted as in [`Piece::enter`], have just
+    /// entered the cache.
+    fn enter(
+        &mut self,
+        piece: &Piece<'_, T>,
+        block: &Block,
+        entered: Range<usize>,
+        cache: &CompressiveCache<T>,
+    ) {
+        for j in self.next..block.queries().end {
+            self.recent.set(j % self.recent.rows(), piece.inputs.v.row(j));
+        }
+        self.next = block.queries().end;
+        if let Some(mean) = &mut self.mean {
+            for &code in piece.window.codes.iter().chain(&piece.codes).skip(entered.start).take(entered.len())
+            {
+                mean.set(code as usize, cache.mean().row(code as usize));
+            }
+        }
+    }
+
+    /// out <- p v of the keys at these positions.
+    fn product(&self, p: ArrayView2<'_, T>, keys: Range<usize>, mut out: ArrayViewMut2<'_, T>) {
+        let rows = self.recent.rows();
+        // The ring may end among them.
+        let from = keys.start % rows.max(1);
+        let (p, p_rest) = p.split_at(Axis(1), keys.len().min(rows - from));
+        self.recent.product(p, from, out.view_mut(), false);
+        if !p_rest.is_empty() {
+            self.recent.product(p_rest, 0, out, true);
+        }
+    }
 }

@@ -14,7 +14,10 @@ use rayon::prelude::*;
 use crate::Scalar;
 use crate::ops::simd::level;
 
+mod packed;
 mod tile;
+
+pub(crate) use packed::PackedRows;
 
 /// Elements of A up to which it stays in the second-level cache as it lies.
 const UNPACKED: usize = 1 << 18;

@@ -17,6 +17,7 @@
 //! cuts fall: a row or a column has the same bits in a product of any size.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -24,20 +25,20 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use crate::Scalar;
 
 /// Vectors of a tile's row.
-const VECTORS: usize = 2;
+pub(super) const VECTORS: usize = 2;
 
 /// Rows of B that are packed together: 32 KB of them with the widest registers, a first-level cache.
-const DEPTH: usize = 256;
+pub(super) const DEPTH: usize = 256;
 
 /// Pointers and strides, in elements, of operands whose extents have been checked.
-struct Operands<T> {
-    a: *const T,
-    a_row: isize,
-    a_column: isize,
-    b: *const T,
-    b_row: isize,
-    c: *mut T,
-    c_row: isize,
+pub(super) struct Operands<T> {
+    pub a: *const T,
+    pub a_row: isize,
+    pub a_column: isize,
+    pub b: *const T,
+    pub b_row: isize,
+    pub c: *mut T,
+    pub c_row: isize,
 }
 
 // By hand: derived, they would ask the same of T.
@@ -94,7 +95,6 @@ unsafe fn tiles<S: Simd, T: Scalar>(
     if n < lanes {
         return false;
     }
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     // Rows far apart fall on the same few sets of a cache; a copy of them is worth it if several tiles read it.
     let packs = operands.b_row.unsigned_abs() * size_of::<T>() > 512 && m > 16;
     let mut packed = [const { MaybeUninit::<T::Vector<S>>::uninit() }; VECTORS * DEPTH];
@@ -131,44 +131,64 @@ unsafe fn tiles<S: Simd, T: Scalar>(
             } else {
                 panel
             };
-            // The panel after this one, of which each tile asks for a part.
+            // The panel after this one, which the tiles of this one ask for.
             let next =
                 if p + depth < k { (p + depth, start) } else { (0, start + (vectors * lanes) as isize) };
-            let next = operands.b.wrapping_offset(next.0 as isize * operands.b_row + next.1);
-            let mut row = 0;
-            while row < m {
-                if packs {
-                    let tiles = m.div_ceil(8);
-                    let share = DEPTH.div_ceil(tiles);
-                    let first = row / 8 * share;
-                    for p in first..(first + share).min(DEPTH) {
-                        prefetch(next.wrapping_offset(p as isize * operands.b_row));
-                    }
-                }
-                let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
-                let (i, add) = (row as isize, add || p > 0);
-                // SAFETY: row + the rows of the chosen tile <= m.
-                unsafe {
-                    let at = Operands {
-                        a: panel.a.offset(i * panel.a_row),
-                        c: panel.c.offset(i * panel.c_row),
-                        ..panel
-                    };
-                    row += match (rows, vectors) {
-                        (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, done, add),
-                        (4..8, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, done, add),
-                        (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, done, add),
-                        (_, VECTORS) => tile::<S, T, 1, VECTORS>(simd, at, depth, done, add),
-                        (8, _) => tile::<S, T, 8, 1>(simd, at, depth, done, add),
-                        (4..8, _) => tile::<S, T, 4, 1>(simd, at, depth, done, add),
-                        _ => tile::<S, T, 1, 1>(simd, at, depth, done, add),
-                    };
-                }
-            }
+            let next = packs.then(|| {
+                let next = operands.b.wrapping_offset(next.0 as isize * operands.b_row + next.1);
+                (next, operands.b_row)
+            });
+            // SAFETY: the panel is a part of the operands, or packed from one.
+            unsafe { all_rows(simd, panel, (m, depth), vectors, done..vectors * lanes, add || p > 0, next) };
         }
         column += vectors * lanes - done;
     }
     true
+}
+
+/// The tiles of one panel: `columns` of so many vectors, of all m rows of A and C. `next` are rows of B, and how far they lie
+/// apart, that are wanted soon.
+///
+/// # Safety
+/// As [`tiles`], for a depth of `depth`; A, B and C begin at the panel. B has whole vectors, C at least `columns`.
+#[inline(always)]
+pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
+    simd: S,
+    panel: Operands<T>,
+    (m, depth): (usize, usize),
+    vectors: usize,
+    columns: Range<usize>,
+    add: bool,
+    next: Option<(*const T, isize)>,
+) {
+    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
+    let mut row = 0;
+    while row < m {
+        if let Some((next, apart)) = next {
+            let share = DEPTH.div_ceil(m.div_ceil(8));
+            let first = row / 8 * share;
+            for p in first..(first + share).min(DEPTH) {
+                prefetch(next.wrapping_offset(p as isize * apart));
+            }
+        }
+        let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
+        let i = row as isize;
+        // SAFETY: row + the rows of the chosen tile <= m.
+        unsafe {
+            let at =
+                Operands { a: panel.a.offset(i * panel.a_row), c: panel.c.offset(i * panel.c_row), ..panel };
+            let c = columns.clone();
+            row += match (rows, vectors) {
+                (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, c, add),
+                (4..8, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, c, add),
+                (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, c, add),
+                (_, VECTORS) => tile::<S, T, 1, VECTORS>(simd, at, depth, c, add),
+                (8, _) => tile::<S, T, 8, 1>(simd, at, depth, c, add),
+                (4..8, _) => tile::<S, T, 4, 1>(simd, at, depth, c, add),
+                _ => tile::<S, T, 1, 1>(simd, at, depth, c, add),
+            };
+        }
+    }
 }
 
 /// Asks for the cache lines of the next vectors, on the way to the second-level cache. Any address is allowed.
@@ -211,7 +231,7 @@ unsafe fn pack<S: Simd, T: Scalar, const V: usize>(
     }
 }
 
-/// One tile of R rows and V vectors, of which the first `done` columns are left alone; returns R.
+/// One tile of R rows and V vectors, of which `columns` are stored; returns R.
 ///
 /// # Safety
 /// As [`tiles`], for m = R and n = V vectors.
@@ -220,10 +240,11 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
     simd: S,
     at: Operands<T>,
     k: usize,
-    done: usize,
+    columns: Range<usize>,
     add: bool,
 ) -> usize {
     let lanes = T::Vector::<S>::LEN;
+    let all = columns == (0..V * lanes);
     let mut sums = [[T::Vector::<S>::splat(simd, T::zero()); V]; R];
     // SAFETY: p < k, i < R and j < V name elements that the caller vouches for.
     unsafe {
@@ -244,9 +265,11 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
         for (i, sums) in sums.iter().enumerate() {
             for (j, &sum) in sums.iter().enumerate() {
                 let c = at.c.offset(i as isize * at.c_row).add(j * lanes);
-                if done > 0 {
-                    for (lane, &sum) in sum.as_slice().iter().enumerate().skip(done) {
-                        *c.add(lane) = if add { *c.add(lane) + sum } else { sum };
+                if !all {
+                    for (lane, &sum) in sum.as_slice().iter().enumerate() {
+                        if columns.contains(&(j * lanes + lane)) {
+                            *c.add(lane) = if add { *c.add(lane) + sum } else { sum };
+                        }
                     }
                     continue;
                 }

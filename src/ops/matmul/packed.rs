@@ -1,0 +1,183 @@
+//! Rows kept in panels, in the order in which register tiles read them, for products that use them many times.
+//!
+//! ```text
+//! panel 0: row 0 [columns 0..w], row 1 [columns 0..w], ...    panel 1: row 0 [columns w..2w], ...
+//! ```
+//!
+//! A wide matrix as it lies puts each row of a panel on another page of memory; here they are neighbours. Rows are
+//! written one at a time, so that a matrix of which little changes is packed once.
+
+use fearless_simd::{Level, Simd, SimdBase, dispatch};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+
+use super::tile::{DEPTH, Operands, VECTORS, all_rows};
+use crate::Scalar;
+use crate::ops::simd::level;
+
+/// A matrix [rows, columns] in panels.
+#[derive(Debug)]
+pub(crate) struct PackedRows<T> {
+    elements: Vec<T>,
+    /// Elements before the first panel, so that rows of panels begin on cache lines.
+    first: usize,
+    rows: usize,
+    columns: usize,
+    /// w, as many as two registers hold.
+    width: usize,
+    /// Elements from one panel to the next: a line more than a panel, or a row of all panels would fall on one set of a cache.
+    panel: usize,
+    level: Level,
+}
+
+impl<T: Scalar> PackedRows<T> {
+    /// Rows of zeros.
+    pub fn zeros(rows: usize, columns: usize) -> Self {
+        let level = level();
+        let width = dispatch!(level, simd => width::<_, T>(simd));
+        let line = 64 / size_of::<T>();
+        let panel = rows * width + line;
+        let elements = vec![T::zero(); columns.div_ceil(width) * panel + line];
+        let first = elements.as_ptr().align_offset(64).min(line);
+        PackedRows { elements, first, rows, columns, width, panel, level }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Row `row` <- `x`.
+    ///
+    /// # Shapes
+    /// `x` [columns], of any stride.
+    pub fn set(&mut self, row: usize, x: ArrayView1<'_, T>) {
+        debug_assert!(row < self.rows && x.len() == self.columns);
+        let start = self.first + row * self.width;
+        match x.to_slice() {
+            Some(x) => {
+                for (n, x) in x.chunks(self.width).enumerate() {
+                    self.elements[start + n * self.panel..][..x.len()].copy_from_slice(x);
+                }
+            }
+            None => {
+                for (column, &x) in x.iter().enumerate() {
+                    self.elements[start + column / self.width * self.panel + column % self.width] = x;
+                }
+            }
+        }
+    }
+
+    /// C <- A B, or C + A B, B being the k rows from `from` on.
+    ///
+    /// # Shapes
+    /// `a` [m, k] of any strides, `c` [m, columns].
+    pub fn product(&self, a: ArrayView2<'_, T>, from: usize, mut c: ArrayViewMut2<'_, T>, add: bool) {
+        let (m, k) = a.dim();
+        assert!(from + k <= self.rows && c.dim() == (m, self.columns), "shapes of a product");
+        if k == 0 || c.is_empty() {
+            if !add {
+                c.fill(T::zero());
+            }
+            return;
+        }
+        if c.strides()[1] != 1 && self.columns > 1 {
+            // No tile can store there.
+            let mut rows = c.to_owned();
+            rows = rows.as_standard_layout().into_owned();
+            self.product(a, from, rows.view_mut(), add);
+            c.assign(&rows);
+            return;
+        }
+        let operands = Operands {
+            a: a.as_ptr(),
+            a_row: a.strides()[0],
+            a_column: a.strides()[1],
+            b: self.elements[self.first + from * self.width..].as_ptr(),
+            b_row: self.width as isize,
+            c: c.as_mut_ptr(),
+            c_row: c.strides()[0],
+        };
+        let sizes = (self.panel, self.columns);
+        // SAFETY: `a` is valid for m x k elements and `c` for m x columns with contiguous rows, c is borrowed mutably, and
+        // each panel holds from + k rows of `width` elements, all of which was asserted above.
+        dispatch!(self.level, simd => unsafe { panels(simd, operands, (m, k), sizes, add) });
+    }
+}
+
+/// Elements in a row of a panel.
+#[inline(always)]
+fn width<S: Simd, T: Scalar>(_: S) -> usize {
+    VECTORS * T::Vector::<S>::LEN
+}
+
+/// All panels, `panel` elements apart, of so many columns.
+///
+/// # Safety
+/// As [`all_rows`], for each panel.
+#[inline(always)]
+unsafe fn panels<S: Simd, T: Scalar>(
+    simd: S,
+    operands: Operands<T>,
+    (m, k): (usize, usize),
+    (panel, columns): (usize, usize),
+    add: bool,
+) {
+    let width = width::<S, T>(simd);
+    for (n, column) in (0..columns).step_by(width).enumerate() {
+        let stored = 0..width.min(columns - column);
+        for p in (0..k).step_by(DEPTH) {
+            // SAFETY: panel n begins n * panel elements after the first, its rows p.. after p rows; c has `stored` columns there.
+            unsafe {
+                let at = Operands {
+                    a: operands.a.offset(p as isize * operands.a_column),
+                    b: operands.b.add(n * panel + p * width),
+                    c: operands.c.add(column),
+                    ..operands
+                };
+                all_rows(simd, at, (m, DEPTH.min(k - p)), VECTORS, stored.clone(), add || p > 0, None);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, s};
+
+    use super::*;
+
+    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| {
+            T::from_f64(((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
+        })
+    }
+
+    /// Integers: every sum is exact, so equality is exact.
+    fn products_equal_the_definition<T: Scalar>() {
+        for (m, k, from, rows, columns) in
+            [(1, 1, 0, 1, 1), (9, 5, 2, 7, 33), (64, 300, 3, 303, 70), (3, 0, 2, 4, 5), (13, 4, 0, 4, 3)]
+        {
+            let b = numbers::<T>(rows, columns, 1);
+            let mut packed = PackedRows::zeros(rows, columns);
+            for (row, x) in b.rows().into_iter().enumerate() {
+                packed.set(row, x);
+            }
+            assert_eq!(packed.rows(), rows);
+            let a_t = numbers::<T>(k, m, 2);
+            let expected = a_t.t().dot(&b.slice(s![from..from + k, ..]));
+            let mut c = Array2::from_elem((m, columns), T::nan());
+            packed.product(a_t.t(), from, c.view_mut(), false);
+            assert_eq!(c, expected);
+            packed.product(a_t.t(), from, c.view_mut(), true);
+            assert_eq!(c, &expected + &expected);
+            let mut c = Array2::from_elem((columns, m), T::nan());
+            packed.product(a_t.t(), from, c.view_mut().reversed_axes(), false);
+            assert_eq!(c.t(), expected);
+        }
+    }
+
+    #[test]
+    fn packed_products_equal_the_definition() {
+        products_equal_the_definition::<f32>();
+        products_equal_the_definition::<f64>();
+    }
+}
