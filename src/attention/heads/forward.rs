@@ -49,9 +49,7 @@ pub(super) fn run<T: Scalar>(
         let rows = parts(&mut output.out).into_iter().zip(lse).zip(cached_mass);
         rows.map(|((out, lse), cached_mass)| RowOutputs { out, lse, cached_mass }).collect()
     };
-    // Heads are shared first, then sequences; some parts more than threads, so that none waits long for the last.
-    let threads = rayon::current_num_threads();
-    let segments = if threads > 1 { (4 * threads).div_ceil((b * h).max(1)) } else { 1 };
+    let segments = segments(b * h, t);
     let finite = rows
         .into_par_iter()
         .zip(states.iter_mut().collect::<Vec<_>>())
@@ -62,6 +60,15 @@ pub(super) fn run<T: Scalar>(
         .reduce(|| true, |a, b| a & b);
     output.stats = CodeStats::collect_checked(inputs.k.view(), codes.view(), n_codes, inputs.mask); // (4)
     finite_keys & finite
+}
+
+/// Into how many segments a sequence is cut so that all threads have work. Each costs a copy of the cache and the time to
+/// bring it there, so there are more of them than threads only where they are long.
+fn segments(heads: usize, t: usize) -> usize {
+    const LONG: usize = 4096;
+    let threads = rayon::current_num_threads();
+    let shares = (t / LONG / threads).clamp(1, 4);
+    if threads == 1 { 1 } else { (threads * shares).div_ceil(heads.max(1)) }
 }
 
 /// (1), and the sum of squares of (3); whether the keys are finite (a key whose square overflows counts as not).
