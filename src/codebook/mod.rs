@@ -52,7 +52,10 @@ pub mod assign;
 pub mod commitment;
 mod ema;
 pub(crate) mod estimator;
+mod kmeans;
 pub(crate) mod packed;
+mod random;
+pub mod start;
 mod stats;
 
 pub use assign::{assign, assign_naive};
