@@ -11,10 +11,11 @@
 //!
 //! Cost: H S K per update. Source: Transformer-VQ (Lingle, 2023, arXiv 2309.16354).
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis};
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, s};
 
 use super::CodeStats;
 use super::assign::check_codewords;
+use super::revive::Replacement;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::{Error, Scalar};
 
@@ -107,6 +108,32 @@ impl<T: Scalar> Ema<T> {
         let mut counts = self.counts.clone();
         counts
             .zip_mut_with(&stats.counts(), |count, &n| *count = keep * *count + take * T::from_f64(n as f64));
+        *self = Self::new(sums, counts, self.decay)?;
+        Ok(())
+    }
+
+    /// Restarts codes at other codewords, each with the mean of its head's counts; the state is left as it was if an error is
+    /// returned.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`], [`Error::Shape`], [`Error::NotFinite`] for a head, a code or a codeword.
+    pub fn replace(&mut self, replacements: &[Replacement<T>]) -> Result<(), Error> {
+        let (n_heads, n_codes, d_k) = self.sums.dim();
+        let (mut sums, mut counts) = (self.sums.clone(), self.counts.clone());
+        for (i, Replacement { head, code, codeword }) in replacements.iter().enumerate() {
+            for (what, got, limit) in [("head", *head, n_heads), ("code", *code, n_codes)] {
+                if got >= limit {
+                    return Err(Error::OutOfRange { what, index: vec![i], got: got as u64, limit });
+                }
+            }
+            check_shape("codeword", &[d_k], codeword.shape())?;
+            check_finite("codeword", codeword.view())?;
+            let mean = self.counts.row(*head).sum() / T::from_f64(n_codes as f64);
+            counts[[*head, *code]] = mean;
+            // As (1) will divide.
+            let divisor = mean.max(T::from_f64(LEAST_COUNT));
+            sums.slice_mut(s![*head, *code, ..]).assign(&(codeword * divisor));
+        }
         *self = Self::new(sums, counts, self.decay)?;
         Ok(())
     }

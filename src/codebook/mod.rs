@@ -15,13 +15,22 @@
 //!      └──── commitment (k, c_z) ─────────────────────────────────────────────────────────►┘
 //! ```
 //!
+//! What stands beside this line, each usable with any way of learning:
+//! - [`start`]: first codewords, random, sampled or by k-means++; [`revive`]: a new start for codes that no key takes;
+//! - [`cosine`]: angles instead of distances; [`orthogonal`]: a loss that spreads directions;
+//! - [`Residual`]: codebooks in turn, on their own or as the quantizer of an auto-encoder; [`groups`]: one codebook per part of
+//!   a vector;
+//! - measures: [`CodeStats::usage`], [`CodeStats::entropy`], [`CodeStats::perplexity`], [`commitment::mean_error`],
+//!   [`commitment::relative_error`], [`nearest_pair`].
+//!
 //! The order in one step of training:
 //! 1. `C = codebook.codewords()`, once;
 //! 2. [`Codebook::assign`] and [`lookup`] with this C, attention forward;
 //! 3. the [`commitment`] loss with this C;
 //! 4. backward with this C: it must not change between forward and backward;
 //! 5. [`CodeStats`] of the keys, those of micro-batches and machines merged;
-//! 6. one [`Codebook::update`]. Evaluation leaves out 5 and 6: nothing else changes a codebook.
+//! 6. one [`Codebook::update`], and every few steps a [`Codebook::revive`]. Evaluation leaves out 5 and 6: nothing else changes
+//!    a codebook.
 //!
 //! C is derived from the state of whatever the codebook learns by (today [`Ema`]) and never stored beside it, so the two
 //! cannot disagree. Codes that tie take the lowest number; they do not depend on how a sequence is cut or on threads.
@@ -50,17 +59,26 @@
 #[allow(missing_docs)]
 pub mod assign;
 pub mod commitment;
+pub mod cosine;
 mod ema;
 pub(crate) mod estimator;
+pub mod groups;
 mod kmeans;
+pub mod orthogonal;
 pub(crate) mod packed;
+mod pairs;
 mod random;
+pub mod residual;
+pub mod revive;
 pub mod start;
 mod stats;
 
 pub use assign::{assign, assign_naive};
 pub use ema::Ema;
 pub use estimator::{Estimator, lookup};
+pub use pairs::nearest_pair;
+pub use residual::Residual;
+pub use revive::Replacement;
 pub use stats::CodeStats;
 
 use ndarray::{Array3, ArrayView2, ArrayView3, ArrayView4};
