@@ -1,6 +1,6 @@
 //! Codebooks in turn, and vectors in groups: codes, sums, losses, gradients, statistics.
 
-use ndarray::{Array2, Array3, Array4, ArrayView4, Axis, concatenate, s};
+use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView4, Axis, concatenate, s};
 use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{
     CodeStats, Codebook, Ema, Estimator, Residual, assign_naive, commitment, groups, lookup, start,
@@ -228,8 +228,19 @@ fn each_level_is_revived_with_what_is_left() {
     let before = residual.forward(keys.view(), None).unwrap().0.commit_loss();
     assert_eq!(residual.revive(keys.view(), Some(mask.view()), 0.1, 1), Ok(vec![3, 3]));
     assert!(residual.forward(keys.view(), None).unwrap().0.commit_loss() < before);
-    for level in residual.levels() {
-        assert!(level.codewords().iter().all(|c| c.abs() < 10.0));
+    let codes = residual.levels()[0].assign(keys.view()).unwrap();
+    let left = &keys - &lookup(codes.view(), residual.levels()[0].codewords().view()).unwrap();
+    for (level, left) in residual.levels().iter().zip([&keys, &left]) {
+        for codeword in level.codewords().slice(s![0, 5.., ..]).outer_iter() {
+            let is = |row: ArrayView1<'_, f64>| (&row - &codeword).iter().all(|e| e.abs() < 1e-14);
+            let counted = |(b, t): &(usize, usize)| mask[[*b, *t]];
+            assert!(ndarray::indices((2, 200)).into_iter().filter(counted).any(|(b, t)| is(left.slice(s![
+                b,
+                0,
+                t,
+                ..
+            ]))));
+        }
     }
     assert_eq!(residual.revive(keys.view(), None, 0.1, 1), Ok(vec![0, 0]));
 }
