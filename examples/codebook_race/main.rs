@@ -24,7 +24,7 @@ use std::time::Instant;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use mixture::Mixture;
-use racers::{RACERS, Racer, Runner};
+use racers::{Quantizer, RACERS, Racer, Runner};
 use transformer_vq::codebook::{CodeStats, assign, nearest_pair, start};
 use transformer_vq::ndarray::{Array2, ArrayView2, Axis};
 
@@ -101,7 +101,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     for seed in 0..runs {
         let codewords = start::k_means(sample.view(), n_codes, None, steps, args.seed + seed)?;
         let codewords = codewords.index_axis_move(Axis(0), 0);
-        let score = judge(judged.view(), judged.view(), codewords.view(), codewords.view())?;
+        let quantizer = Quantizer { keys: judged.clone(), decoded: codewords.clone(), codewords };
+        let score = judge(judged.view(), &quantizer)?;
         best = best.filter(|best| best.error < score.error).or(Some(score));
     }
     let best = best.expect("at least one run");
@@ -135,8 +136,7 @@ fn race(
     let mut curve = Curve { name: racer.name, points: vec![] };
     for step in 0..=args.steps {
         if step % args.steps.div_ceil(POINTS) == 0 || step == args.steps {
-            let (keys, codewords, decoded) = runner.quantizer(judged)?;
-            let score = judge(judged, keys.view(), codewords.view(), decoded.view())?;
+            let score = judge(judged, &runner.quantizer(judged)?)?;
             bar.set_message(format!("error {:.4}  usage {:.1} %", score.error, 100.0 * score.usage));
             curve.points.push((step, score));
         }
@@ -149,13 +149,10 @@ fn race(
     Ok(curve)
 }
 
-/// Scores `x` [N, D], given as `keys` [N, K] that are quantized by `codewords` [S, K] and decoded to `decoded` [S, D].
-fn judge(
-    x: ArrayView2<'_, f32>,
-    keys: ArrayView2<'_, f32>,
-    codewords: ArrayView2<'_, f32>,
-    decoded: ArrayView2<'_, f32>,
-) -> Result<Score, Box<dyn Error>> {
+/// How well `x` [N, D] is served.
+fn judge(x: ArrayView2<'_, f32>, quantizer: &Quantizer) -> Result<Score, Box<dyn Error>> {
+    let Quantizer { keys, codewords, decoded } = quantizer;
+    let (keys, codewords) = (keys.view(), codewords.view());
     let codes = assign(keys, codewords)?;
     let rows = Vec::from_iter(codes.iter().map(|&code| code as usize));
     let error: Array2<f32> = &x - &decoded.select(Axis(0), &rows);

@@ -34,11 +34,20 @@ pub fn draw(curves: &[Curve], best: f64) -> Result<String, Box<dyn Error>> {
     }
     let (errors, usages) = charts.split_vertically(charts.dim_in_pixel().1 / 2);
     let steps = curves.iter().flat_map(|curve| &curve.points).map(|point| point.0).max().unwrap_or(1);
-    let relative: Vec<Vec<(f64, f64)>> = points(curves, |score| score.error / best);
-    let highest = relative.iter().flatten().map(|point| point.1).fold(1.1, f64::max);
-    chart(&errors, "Error, relative to k-means++ with restarts", steps, 0.9..highest * 1.1, &relative)?;
+    // Each doubling as high as the one before.
+    let relative = points(curves, |score| (score.error / best).log2());
+    let highest = relative.iter().flatten().map(|point| point.1).fold(1.0, f64::max);
+    let label = |y: &f64| format!("{:.2}", y.exp2());
+    chart(
+        &errors,
+        "Error, relative to k-means++ with restarts",
+        steps,
+        -0.1..highest + 0.1,
+        &label,
+        &relative,
+    )?;
     let usage = points(curves, |score| 100.0 * score.usage);
-    chart(&usages, "Codes in use, percent", steps, 0.9..110.0, &usage)?;
+    chart(&usages, "Codes in use, percent", steps, 0.0..105.0, &|y| format!("{y:.0}"), &usage)?;
     area.present()?;
     drop((legend, charts, errors, usages, area));
     Ok(svg)
@@ -54,12 +63,13 @@ fn stroke(i: usize) -> ShapeStyle {
     COLORS[i % COLORS.len()].mix(0.5f64.powi((i / COLORS.len()) as i32)).stroke_width(2)
 }
 
-/// A title, and curves on a logarithmic axis.
+/// A title, and the curves below.
 fn chart(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
     title: &str,
     steps: u64,
     y: Range<f64>,
+    y_label: &dyn Fn(&f64) -> String,
     curves: &[Vec<(f64, f64)>],
 ) -> Result<(), Box<dyn Error>> {
     let (head, body) = area.split_vertically(30);
@@ -69,7 +79,7 @@ fn chart(
         .margin_bottom(8)
         .x_label_area_size(44)
         .y_label_area_size(60)
-        .build_cartesian_2d(0.0..steps as f64, y.log_scale())?;
+        .build_cartesian_2d(0.0..steps as f64, y)?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -77,7 +87,8 @@ fn chart(
         .x_desc("steps")
         .x_labels(10)
         .y_labels(8)
-        .y_label_formatter(&|y| format!("{y}"))
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&y_label)
         .label_style((FONT, 14))
         .axis_desc_style((FONT, 14))
         .draw()?;

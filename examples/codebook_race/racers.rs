@@ -39,7 +39,7 @@ const EMA: fn(Array3<f32>) -> Result<Codebook<f32>, Error> =
 const STRAIGHT: Option<Estimator> = Some(Estimator::StraightThrough);
 
 #[rustfmt::skip]
-pub const RACERS: [Racer; 8] = [
+pub const RACERS: &[Racer] = &[
     Racer { name: "moving averages",                     start: RANDOM,  learn: EMA, revive: 0.0, encoder: None },
     Racer { name: "  from sampled keys",                 start: SAMPLED, learn: EMA, revive: 0.0, encoder: None },
     Racer { name: "  from k-means++ of a batch",         start: K_MEANS, learn: EMA, revive: 0.0, encoder: None },
@@ -65,6 +65,14 @@ struct Encoder {
     estimator: Estimator,
 }
 
+/// A quantizer, and the keys it is given.
+pub struct Quantizer {
+    pub keys: Array2<f32>,      // [N, K]
+    pub codewords: Array2<f32>, // [S, K]
+    /// What codewords stand for.
+    pub decoded: Array2<f32>, // [S, D]
+}
+
 impl Runner {
     /// `first` [N, D]: keys to start from.
     pub fn new(racer: &Racer, first: ArrayView2<'_, f32>, n_codes: usize, seed: u64) -> Result<Self, Error> {
@@ -79,19 +87,16 @@ impl Runner {
         })
     }
 
-    /// Keys of `x` [N, K], codewords [S, K], and what these are decoded to [S, D].
-    pub fn quantizer(
-        &self,
-        x: ArrayView2<'_, f32>,
-    ) -> Result<(Array2<f32>, Array2<f32>, Array2<f32>), Error> {
+    /// What is made of `x` [N, D].
+    pub fn quantizer(&self, x: ArrayView2<'_, f32>) -> Result<Quantizer, Error> {
         let codewords = self.codebook.levels()[0].codewords().index_axis_move(Axis(0), 0);
-        match &self.encoder {
-            None => Ok((x.to_owned(), codewords.clone(), codewords)),
+        let (keys, decoded) = match &self.encoder {
+            None => (x.to_owned(), codewords.clone()),
             Some(Encoder { a, b, .. }) => {
-                let decoded = linear::forward(codewords.view(), b.view(), None)?;
-                Ok((linear::forward(x, a.view(), None)?, codewords, decoded))
+                (linear::forward(x, a.view(), None)?, linear::forward(codewords.view(), b.view(), None)?)
             }
-        }
+        };
+        Ok(Quantizer { keys, codewords, decoded })
     }
 
     /// Learns from `x` [N, D].
@@ -115,7 +120,7 @@ impl Runner {
             b.scaled_add(-LEARNING_RATE, &d_b);
         }
         self.codebook.update(&output.stats)?;
-        if self.revive > 0.0 && step % REVIVE_EVERY == 0 {
+        if self.revive > 0.0 && step.is_multiple_of(REVIVE_EVERY) {
             self.codebook.revive(batch(keys.view()), None, self.revive, self.seed.wrapping_add(step))?;
         }
         Ok(())

@@ -22,9 +22,9 @@
 //! A code that has lost all its keys takes a key drawn with a probability that is its share of the error, so that the error still
 //! never rises.
 //!
-//! Cost: seeding 2 N S K operations of matrix products, S^2 K / 2 in plain loops per acceptance rate, S / 64 + log2 S
-//! rounds at most where keys differ; a step of Lloyd one assignment and one pass over the keys. Sources: Arthur and
-//! Vassilvitskii (2007), Lloyd (1982).
+//! Cost: seeding 2 N S K operations in matrix products, at least S^2 K / 2 in plain loops for the proposals, and some log2 S
+//! passes over the bounds; a step of Lloyd one assignment and one pass over the keys. Sources: Arthur and Vassilvitskii
+//! (2007), Lloyd (1982).
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, Zip};
 use rayon::prelude::*;

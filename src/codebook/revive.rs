@@ -99,10 +99,10 @@ impl<T: Scalar> Codebook<T> {
     /// are drawn: pass another one at each step. Formulas: [`revive`](super::revive).
     ///
     /// # Shapes
-    /// As [`replacements`](super::revive::replacements).
+    /// As [`replacements`].
     ///
     /// # Errors
-    /// As [`replacements`](super::revive::replacements); the codebook is then as it was.
+    /// As [`replacements`]; the codebook is then as it was.
     pub fn revive(
         &mut self,
         keys: ArrayView4<'_, T>,
