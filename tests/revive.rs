@@ -76,7 +76,7 @@ fn revived_codes_have_time_to_find_keys() {
     let keys = numbers((1, H, 96, 4), 6);
     codebook.revive(keys.view(), None, 0.1, 3).unwrap();
     // As many keys as keep the mean count at 12, all to the other codes.
-    let lively = |head| (0..S as u32).filter(move |&code| !(code as usize + head).is_multiple_of(3));
+    let lively = |head: usize| (0..S as u32).filter(move |&code| !(code as usize + head).is_multiple_of(3));
     let codes = Array3::from_shape_fn((1, H, 96), |(_, head, t)| lively(head).nth(t % 8).unwrap());
     let stats = CodeStats::collect(keys.view(), codes.view(), S, None).unwrap();
     assert!(far.indexed_iter().all(|(at, &far)| far == (stats.counts()[at] == 0)));
