@@ -149,6 +149,11 @@ fn nothing_to_gain_changes_nothing() {
     assert_eq!(same, codebook);
     let mut single = Codebook::ema(Ema::from_codewords(array![[[5.0]]], 0.9).unwrap());
     assert_eq!(single.revive(Array4::zeros((1, 1, 3, 1)).view(), None, 0.9, 1), Ok(0));
+    // Errors beyond the range of numbers: a key all the same, or an error where its sum is none.
+    let mut far = Codebook::ema(Ema::new(array![[[1.0], [2.0]]], array![[1.0, 0.0]], 0.9).unwrap());
+    let huge = Array4::from_elem((1, 1, 5, 1), 1e300);
+    assert_eq!(far.revive(huge.view(), None, 0.1, 1), Ok(1));
+    assert_eq!(far.codewords()[[0, 1, 0]], 1e300);
     // A mean count below what divides: the codeword is the key all the same.
     let mut faint =
         Codebook::ema(Ema::new(array![[[0.0, 0.0], [0.0, 0.0]]], array![[1e-4, 0.0]], 0.9).unwrap());

@@ -3,15 +3,16 @@
 //! ```text
 //! (1) r_0 = k,   z_l = argmin_s |r_l - c^l_s|^2,   r_{l+1} = r_l - c^l_{z_l}              levels l = 0, 1, ...
 //! (2) k^ = c^0_{z_0} + c^1_{z_1} + ...                                                    summed in this order
-//! (3) commitment: loss_l = sum_h sum_j m_j |r^l_j - c_{z_j}|^2 / sum m_j,   d_k_j += w (2 / sum m_j) m_j sum_l r^{l+1}_j
+//! (3) loss_l = sum_h sum_j m_j |r^{l+1}_j|^2 / Z,   d_k_j += w (2 / Z) m_j sum_l r^{l+1}_j,   Z = sum m_j     commitment
 //! (4) d_k = J^T d_k^ + (3), J that of the estimator between k and k^
 //! ```
 //!
 //! L levels of S codes tell S^L vectors apart at the price of L S. Codewords are constants in (1), so that each r_l has the
 //! derivative of k: the estimator is applied once, to the whole sum, and the commitment of every level reaches the keys.
 //!
-//! One level is an ordinary codebook with the same functions. Heads are groups: [`split`](super::groups::split) cuts vectors into H parts, each
-//! with codebooks of its own (product quantization), and [`join`](super::groups::join) puts them together again.
+//! One level is an ordinary codebook with the same functions. Heads are groups: [`split`](super::groups::split) cuts vectors
+//! into H parts, each with codebooks of its own (product quantization), and [`join`](super::groups::join) puts them together
+//! again.
 //!
 //! Cost: that of its levels, and N K per level for the residuals. Sources: residual quantization as in SoundStream (Zeghidour
 //! et al., 2021); product quantization (Jégou et al., 2011).

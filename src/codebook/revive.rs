@@ -1,14 +1,14 @@
 //! Codes that hardly any key takes get new codewords, drawn from the keys that are served worst.
 //!
 //! ```text
-//! (1) code s is idle if N_s < ratio (sum_s N_s) / S                                 N the usage: counts of keys, moving or not
-//! (2) its codeword becomes k_j with probability |k_j - c_{z_j}|^2 / sum_j |k_j - c_{z_j}|^2,     no key taken twice
+//! (1) code s is idle if N_s < ratio (sum_s N_s) / S                      N the usage: counts of keys, moving or not
+//! (2) its codeword becomes k_j with probability |k_j - c_{z_j}|^2 / sum_j |k_j - c_{z_j}|^2, no key taken twice
 //! (3) moving averages:   N_s <- (sum_s N_s) / S,   sums_s <- N_s k_j
 //! ```
 //!
-//! The threshold (1) is a ratio to even usage: it does not depend on the size of batches. By (3) a revived code counts as much as
-//! the average one, so that it has `ln(ratio) / ln(decay)` updates in which to find keys before it is idle again; sums and
-//! counts change together, and the codeword follows from them. Keys count where the mask is true.
+//! The threshold (1) is a ratio to even usage: it does not depend on the size of batches. By (3) a revived code counts as
+//! much as the average one, so that it has `ln(ratio) / ln(decay)` updates in which to find keys before it is idle again;
+//! sums and counts change together, and the codeword follows from them. Keys count where the mask is true.
 //!
 //! A small ratio (0.1) replaces what is unused. A larger one (0.3 to 0.5) also breaks up codes that share one cluster of keys
 //! while another cluster waits for its first. Drawn evenly from all keys, new codewords would go where most keys are, which is
@@ -16,8 +16,8 @@
 //!
 //! Codebooks that learn otherwise take [`replacements`] and write them themselves.
 //!
-//! Cost: one assignment of the keys if a code is idle, nothing else. Sources: the ratio is Moshi's (Défossez et al., 2024), the draw
-//! that of k-means++.
+//! Cost: one assignment of the keys if a code is idle, nothing else. Sources: the ratio is Moshi's (Défossez et al., 2024),
+//! the draw that of k-means++.
 
 use ndarray::{Array1, ArrayView2, ArrayView3, ArrayView4, Axis};
 use rayon::prelude::*;
