@@ -9,7 +9,9 @@ use transformer_vq::attention::{
     AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved,
     BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys, blockwise,
 };
-use transformer_vq::codebook::{CodeStats, Codebook, Ema, Estimator, Learning};
+use transformer_vq::codebook::{
+    CodeStats, Codebook, Ema, Estimator, Learning, Replacement, Residual, residual,
+};
 use transformer_vq::ops::rms_norm;
 
 /// What a module of the crate may import: only what has a smaller number.
@@ -197,6 +199,10 @@ fn public_types_can_be_shared_copied_and_printed() {
     public::<Ema<f32>>();
     public::<CodeStats<f32>>();
     public::<Estimator>();
+    public::<Replacement<f32>>();
+    public::<Residual<f32>>();
+    public::<residual::Quantized<f32>>();
+    public::<residual::Saved<f32>>();
     public::<rms_norm::Saved<f32>>();
 }
 

@@ -15,10 +15,11 @@
 //! Cost: H S K per update. Source: Transformer-VQ (Lingle, 2023, arXiv 2309.16354) for the clamp; VQ-VAE (van den Oord et
 //! al., 2017) in its usual implementation for Laplace smoothing, with e = 1e-5.
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis};
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, s};
 
 use super::CodeStats;
 use super::assign::check_codewords;
+use super::revive::Replacement;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::{Error, Scalar};
 
@@ -185,6 +186,28 @@ impl<T: Scalar> Ema<T> {
         *self = Self { sums, counts, ..*self }.checked()?;
         Ok(())
     }
+
+    /// Restarts codes at other codewords, each with the mean of its head's counts; the state is left as it was if an error is
+    /// returned.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`], [`Error::Shape`], [`Error::NotFinite`] for a head, a code or a codeword.
+    pub fn replace(&mut self, replacements: &[Replacement<T>]) -> Result<(), Error> {
+        let n_codes = self.sums.dim().1;
+        let mut restarted = self.clone();
+        for (i, Replacement { head, code, codeword }) in replacements.iter().enumerate() {
+            check_replacement(i, (*head, *code), codeword.view(), self.sums.dim())?;
+            restarted.counts[[*head, *code]] = self.counts.row(*head).sum() / T::from_f64(n_codes as f64);
+        }
+        // As (1) will divide.
+        let divisors = restarted.divisors();
+        for Replacement { head, code, codeword } in replacements {
+            let sum = codeword * divisors[[*head, *code]];
+            restarted.sums.slice_mut(s![*head, *code, ..]).assign(&sum);
+        }
+        *self = restarted.checked()?;
+        Ok(())
+    }
 }
 
 impl Ema<f32> {
@@ -208,4 +231,20 @@ impl Ema<f32> {
             Array3::from_shape_simple_fn((n_heads, n_codes, d_k), || (deviation * normal()) as f32);
         Self::from_codewords(codewords, decay)
     }
+}
+
+/// Checks one of the replacements for sums [H, S, K].
+fn check_replacement<T: Scalar>(
+    i: usize,
+    (head, code): (usize, usize),
+    codeword: ArrayView1<'_, T>,
+    (n_heads, n_codes, d_k): (usize, usize, usize),
+) -> Result<(), Error> {
+    for (what, got, limit) in [("head", head, n_heads), ("code", code, n_codes)] {
+        if got >= limit {
+            return Err(Error::OutOfRange { what, index: vec![i], got: got as u64, limit });
+        }
+    }
+    check_shape("codeword", &[d_k], codeword.shape())?;
+    check_finite("codeword", codeword)
 }

@@ -15,6 +15,14 @@
 //!      └──── commitment (k, c_z) ─────────────────────────────────────────────────────────►┘
 //! ```
 //!
+//! What stands beside this line, each usable with any way of learning:
+//! - [`start`]: first codewords, random, sampled or by k-means++; [`revive`]: a new start for codes that no key takes;
+//! - [`cosine`]: angles instead of distances; [`orthogonal`]: a loss that spreads directions;
+//! - [`Residual`]: codebooks in turn, on their own or as the quantizer of an auto-encoder; [`groups`]: one codebook per part of
+//!   a vector;
+//! - measures: [`CodeStats::usage`], [`CodeStats::entropy`], [`CodeStats::perplexity`], [`commitment::mean_error`],
+//!   [`commitment::relative_error`], [`nearest_pair`].
+//!
 //! The order in one step of training:
 //! 1. `C = codebook.codewords()`, once;
 //! 2. [`Codebook::assign`] and [`lookup`] with this C, attention forward;
@@ -22,7 +30,8 @@
 //! 4. backward with this C: it must not change between forward and backward; [`Estimator::key_gradient`];
 //! 5. [`CodeStats`] of the keys, those of micro-batches and machines merged;
 //! 6. one [`Codebook::update`], for moving averages; for codewords that learn by gradient, [`codebook_loss::backward`]
-//!    through [`Codebook::backward`], and a step of your optimizer to [`Codebook::set_parameters`].
+//!    through [`Codebook::backward`], and a step of your optimizer to [`Codebook::set_parameters`]; every few steps a
+//!    [`Codebook::revive`].
 //!
 //! Evaluation leaves out 5 and 6: nothing else changes a codebook.
 //!
@@ -54,19 +63,31 @@
 pub mod assign;
 pub mod codebook_loss;
 pub mod commitment;
+pub mod cosine;
 mod directional;
 mod ema;
 pub(crate) mod estimator;
+pub mod groups;
+mod kmeans;
 mod learning;
 mod linear;
+pub mod orthogonal;
 pub(crate) mod packed;
+mod pairs;
+mod random;
+pub mod residual;
+pub mod revive;
 mod rotation;
+pub mod start;
 mod stats;
 
 pub use assign::{assign, assign_naive};
 pub use ema::{Ema, Smoothing};
 pub use estimator::{Estimator, lookup};
 pub use learning::{Basis, CodebookParameters, Learning};
+pub use pairs::nearest_pair;
+pub use residual::Residual;
+pub use revive::Replacement;
 pub use rotation::{Rotation, RotationScale, RotationVariant};
 pub use stats::CodeStats;
 

@@ -3,7 +3,7 @@
 //! ```text
 //! (1) counts_s = sum_j m_j [z_j = s],   sums_s = sum_j m_j [z_j = s] k_j           m_j: 1 where the mask is true
 //! (2) usage = |{s: counts_s > 0}| / S
-//! (3) perplexity = exp( - sum_s p_s ln p_s ),   p_s = counts_s / sum counts,   0 ln 0 = 0
+//! (3) entropy = - sum_s p_s ln p_s,   perplexity = exp(entropy),   p_s = counts_s / sum counts,   0 ln 0 = 0
 //! ```
 //!
 //! Statistics add up: those of micro-batches, of threads or of machines are merged, then used in one update. Sums are
@@ -12,7 +12,7 @@
 //! Cost: N K per head, one pass over the keys. The sums of one task's columns stay in the second-level cache.
 
 use ndarray::{
-    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
+    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Zip, s,
 };
 use rayon::prelude::*;
 
@@ -133,18 +133,26 @@ impl<T: Scalar> CodeStats<T> {
         })
     }
 
+    /// (3): how unlike each other the codes of keys are, in nats, per head `[H]`; from 0 to ln S, and 0 if nothing was counted.
+    pub fn entropy(&self) -> Array1<f64> {
+        self.counts.map_axis(Axis(1), |counts| {
+            let total: f64 = counts.iter().map(|&n| n as f64).sum();
+            let used = counts.iter().filter(|&&n| n > 0);
+            // Not -p ln p, which is -0 for a single code.
+            used.map(|&n| n as f64 / total).map(|p| p * (1.0 / p).ln()).sum()
+        })
+    }
+
     /// (3): how many codes, used equally often, would be as varied, per head `[H]`; from 1 to S, and 0 if nothing was
     /// counted.
     pub fn perplexity(&self) -> Array1<f64> {
-        self.counts.map_axis(Axis(1), |counts| {
-            let total: f64 = counts.iter().map(|&n| n as f64).sum();
-            if total == 0.0 {
-                return 0.0;
+        let mut perplexity = self.entropy().exp();
+        Zip::from(&mut perplexity).and(self.counts.rows()).for_each(|perplexity, counts| {
+            if counts.iter().all(|&n| n == 0) {
+                *perplexity = 0.0;
             }
-            let used = counts.iter().filter(|&&n| n > 0);
-            let entropy: f64 = used.map(|&n| n as f64 / total).map(|p| -p * p.ln()).sum();
-            entropy.exp()
-        })
+        });
+        perplexity
     }
 }
 

@@ -6,6 +6,7 @@ mod heads;
 #[cfg(feature = "model")]
 mod model;
 mod ops;
+mod starting;
 mod state;
 #[allow(dead_code)] // each test takes its part
 #[path = "../support/mod.rs"]
