@@ -9,7 +9,9 @@ use transformer_vq::attention::{
     AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved,
     BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys, blockwise,
 };
-use transformer_vq::codebook::{CodeStats, Codebook, Ema, Estimator, Learning};
+use transformer_vq::codebook::{
+    Basis, CodeStats, Codebook, CodebookParameters, Ema, Estimator, Learning, Rotation, Smoothing,
+};
 use transformer_vq::ops::rms_norm;
 
 /// What a module of the crate may import: only what has a smaller number.
@@ -197,6 +199,10 @@ fn public_types_can_be_shared_copied_and_printed() {
     public::<Ema<f32>>();
     public::<CodeStats<f32>>();
     public::<Estimator>();
+    public::<Rotation>();
+    public::<Smoothing>();
+    public::<Basis<f32>>();
+    public::<CodebookParameters<f32>>();
     public::<rms_norm::Saved<f32>>();
 }
 
@@ -205,6 +211,8 @@ fn public_types_can_be_shared_copied_and_printed() {
 fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     use transformer_vq::{generate, model, train};
     public::<model::ModelConfig>();
+    public::<model::LearningConfig>();
+    public::<model::CodewordGradient>();
     public::<model::Transformer>();
     public::<model::Saved<f32>>();
     public::<model::LossAndGradients<f32>>();
