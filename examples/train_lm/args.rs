@@ -118,7 +118,7 @@ pub struct Sizes {
     /// How gradients pass from quantized keys to keys
     #[arg(long, value_enum, default_value_t)]
     #[serde(default)]
-    pub estimator: Through,
+    pub estimator: KeyGradient,
     /// Weight of the codebook loss, for --learning gradient and linear
     #[arg(long, default_value_t = 1e-3)]
     #[serde(default = "codebook_weight")]
@@ -155,7 +155,7 @@ pub enum Learning {
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Through {
+pub enum KeyGradient {
     #[default]
     StraightThrough,
     Rotation,
@@ -180,10 +180,10 @@ impl Sizes {
 
     fn estimator(&self) -> Estimator {
         match self.estimator {
-            Through::StraightThrough => Estimator::StraightThrough,
-            Through::Rotation => Estimator::Rotation(Rotation::default()),
-            Through::Directional => Estimator::Directional,
-            Through::None => Estimator::None,
+            KeyGradient::StraightThrough => Estimator::StraightThrough,
+            KeyGradient::Rotation => Estimator::Rotation(Rotation::default()),
+            KeyGradient::Directional => Estimator::Directional,
+            KeyGradient::None => Estimator::None,
         }
     }
 

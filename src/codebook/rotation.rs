@@ -12,8 +12,8 @@
 //! (5)  d_k = lambda (I - u u^T) R^T g = lambda (g + (b - r) u - r c~)    variant `Normalized`
 //! ```
 //!
-//! Five sums and one pass of three terms per key; no matrix. s is a sum of squares: as 2 (1 + u . c~) it would lose its
-//! digits where key and codeword are nearly opposite. Where (2) has no answer:
+//! Five sums and one pass of three terms per key; no matrix. s = 2 (1 + u . c~), which loses its digits where key and codeword
+//! are nearly opposite: below 1 it is summed up as the squares that it is. Where (2) has no answer:
 //! - K = 1, a zero vector, or one whose square leaves the range of the type: straight-through, d_k = g.
 //! - s < 1e-6 (opposite but for a thousandth of a radian): R is the reflection I - 2 u u^T, which maps u to -u too.
 //!
@@ -238,10 +238,10 @@ impl<T: Scalar> Sums<T> {
     /// s = 2 (1 + u . c~).
     #[inline(always)]
     fn square_of_sum(&self) -> PerRow<T> {
-        let mut s = [T::zero(); ROWS];
-        for i in 0..ROWS {
-            let cosine = self.kc[i] / (self.kk[i].sqrt() * self.cc[i].sqrt());
-            s[i] = T::one() + T::one() + cosine + cosine;
+        let mut s = self.kc;
+        for ((s, kk), cc) in s.iter_mut().zip(&self.kk).zip(&self.cc) {
+            let cosine = *s / (kk.sqrt() * cc.sqrt());
+            *s = T::one() + T::one() + cosine + cosine;
         }
         s
     }
@@ -251,7 +251,7 @@ impl<T: Scalar> Sums<T> {
     fn factors(&self, constants: Constants<T>, d_k: usize, s: PerRow<T>) -> Factors<T> {
         let zeros = [T::zero(); ROWS];
         let mut factors = Factors { lambda: [T::one(); ROWS], key: zeros, codeword: zeros };
-        for i in 0..ROWS {
+        for (i, s) in s.into_iter().enumerate() {
             let (kk, cc) = (self.kk[i], self.cc[i]);
             // (1)
             let (to_unit, to_direction) = (kk.sqrt().recip(), cc.sqrt().recip());
@@ -260,8 +260,8 @@ impl<T: Scalar> Sums<T> {
             let lambda = if constants.stretch { ratio } else { T::one() };
             // (4)
             let (a, b) = (self.kg[i] * to_unit, self.cg[i] * to_direction);
-            let r = (a + b + a + b) / s[i];
-            let opposite = s[i] < constants.least_square;
+            let r = (a + b + a + b) / s;
+            let opposite = s < constants.least_square;
             let of_key = if opposite { -constants.radial * a } else { constants.radial * b - r };
             let of_codeword = if opposite { T::zero() } else { -r };
             let in_range = (d_k > 1)
