@@ -10,7 +10,8 @@ use transformer_vq::attention::{
     BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys, blockwise,
 };
 use transformer_vq::codebook::{
-    CodeStats, Codebook, Ema, Estimator, Learning, Replacement, Residual, residual,
+    Basis, CodeStats, Codebook, CodebookParameters, Ema, Estimator, Learning, Replacement, Residual,
+    Rotation, Smoothing, residual,
 };
 use transformer_vq::ops::rms_norm;
 
@@ -203,6 +204,10 @@ fn public_types_can_be_shared_copied_and_printed() {
     public::<Residual<f32>>();
     public::<residual::Quantized<f32>>();
     public::<residual::Saved<f32>>();
+    public::<Rotation>();
+    public::<Smoothing>();
+    public::<Basis<f32>>();
+    public::<CodebookParameters<f32>>();
     public::<rms_norm::Saved<f32>>();
 }
 
@@ -211,6 +216,8 @@ fn public_types_can_be_shared_copied_and_printed() {
 fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     use transformer_vq::{generate, model, train};
     public::<model::ModelConfig>();
+    public::<model::LearningConfig>();
+    public::<model::CodewordGradient>();
     public::<model::Transformer>();
     public::<model::Saved<f32>>();
     public::<model::LossAndGradients<f32>>();

@@ -9,7 +9,8 @@ use std::path::Path;
 use tempfile::TempDir;
 use training::{bits, config, files, progress, train, trainer};
 use transformer_vq::attention::VqAttention;
-use transformer_vq::model::{ModelConfig, Transformer};
+use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
+use transformer_vq::model::{CodewordGradient, LearningConfig, ModelConfig, Transformer};
 use transformer_vq::ndarray::array;
 use transformer_vq::train::{Budget, Progress, RecentLoss, Schedule, Trainer};
 use transformer_vq::{Error, Scalar};
@@ -69,10 +70,100 @@ fn models_come_back_bit_for_bit() {
     });
 }
 
+/// Every kind of learning, every estimator.
+fn kinds() -> Vec<ModelConfig> {
+    let gradient = CodewordGradient { codebook_weight: 0.1 + 0.2, from_attention: true };
+    let linear = |learned_basis, bias| LearningConfig::Linear { d_basis: 3, learned_basis, bias, gradient };
+    let scaled = Rotation { variant: RotationVariant::Normalized, scale: RotationScale::AtMost(1.0 / 3.0) };
+    [
+        (LearningConfig::Ema { smoothing: Smoothing::Laplace { epsilon: 1e-5 } }, Estimator::None),
+        (LearningConfig::Gradient(gradient), Estimator::Directional),
+        (linear(false, false), Estimator::Rotation(Rotation::default())),
+        (linear(false, true), Estimator::Rotation(scaled)),
+        (linear(true, true), Estimator::StraightThrough),
+        (LearningConfig::Frozen, Estimator::StraightThrough),
+    ]
+    .map(|(learning, estimator)| ModelConfig { learning, estimator, ..config() })
+    .into()
+}
+
+#[test]
+fn every_kind_of_learning_comes_back_bit_for_bit() {
+    for config in kinds() {
+        model_comes_back::<f32>(config.clone());
+        model_comes_back::<f64>(config.clone());
+        training_of::<f32>(&config);
+    }
+}
+
+/// What was written before there was a choice.
+#[test]
+fn older_checkpoints_are_read_as_moving_averages() {
+    let (folder, trainer, _) = saved::<f32>();
+    let json = folder.path().join(JSON);
+    let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let new = ["learning", "estimator"];
+    for field in new {
+        assert!(manifest["model"].as_object_mut().unwrap().remove(field).is_some());
+    }
+    fs::write(&json, manifest.to_string()).unwrap();
+    // The tensor file repeats the configuration.
+    let path = folder.path().join(TENSORS[0]);
+    let bytes = fs::read(&path).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let mut information = metadata.metadata().clone().unwrap();
+    let mut model: serde_json::Value = serde_json::from_str(&information["model"]).unwrap();
+    for field in new {
+        model.as_object_mut().unwrap().remove(field);
+    }
+    information.insert("model".into(), model.to_string());
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let old = safetensors::serialize(tensors, Some(information)).unwrap();
+    fs::write(&path, old).unwrap();
+    let (loaded, _) = Trainer::<f32>::load(folder.path()).unwrap();
+    assert_eq!(loaded.model(), trainer.model());
+    assert_eq!(loaded.model().config().learning, LearningConfig::default());
+    assert_eq!(loaded.model().config().estimator, Estimator::StraightThrough);
+}
+
+#[test]
+fn codebooks_that_cannot_be_are_refused() {
+    for config in kinds() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = trainer::<f32>(config.clone()).model().clone();
+        model.save(folder.path()).unwrap();
+        // The arrays of another kind of learning.
+        for other in kinds().into_iter().filter(|other| other.learning != config.learning) {
+            let edit = |text: &str| {
+                let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
+                let part = if json.get("model").is_some() { &mut json["model"] } else { &mut json };
+                part["learning"] = serde_json::to_value(&other.learning).unwrap();
+                json.to_string()
+            };
+            let broken = tempfile::tempdir().unwrap();
+            let json = fs::read_to_string(folder.path().join(JSON)).unwrap();
+            fs::write(broken.path().join(JSON), edit(&json)).unwrap();
+            let bytes = fs::read(folder.path().join(TENSORS[0])).unwrap();
+            let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+            let mut information = metadata.metadata().clone().unwrap();
+            information.insert("model".into(), edit(&information["model"]));
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+            let bytes = safetensors::serialize(tensors, Some(information)).unwrap();
+            fs::write(broken.path().join(TENSORS[0]), bytes).unwrap();
+            let error = Transformer::<f32>::load(broken.path()).unwrap_err();
+            assert!(matches!(error, Error::File { .. }), "{error}");
+        }
+    }
+}
+
 fn training_comes_back<T: Scalar>() {
+    training_of::<T>(&config());
+}
+
+fn training_of<T: Scalar>(config: &ModelConfig) {
     for steps in [0, 1, 3, 5] {
         let folder = tempfile::tempdir().unwrap();
-        let (mut trainer, mut progress) = (trainer::<T>(config()), progress());
+        let (mut trainer, mut progress) = (trainer::<T>(config.clone()), progress());
         train(&mut trainer, &mut progress, steps);
         trainer.save(folder.path(), &progress).unwrap();
         let (loaded, loaded_progress) = Trainer::<T>::load(folder.path()).unwrap();

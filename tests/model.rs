@@ -6,8 +6,11 @@ use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::check::relative_rms;
+use transformer_vq::codebook::{Estimator, Rotation, Smoothing};
 use transformer_vq::generate::{Scorer, log_probabilities};
-use transformer_vq::model::{LossAndGradients, ModelConfig, Parameters, Transformer};
+use transformer_vq::model::{
+    CodewordGradient, LearningConfig, LossAndGradients, ModelConfig, Parameters, Transformer,
+};
 use transformer_vq::ops::cross_entropy;
 use transformer_vq::train::{AdamW, Batch, Trainer};
 
@@ -32,7 +35,7 @@ fn small() -> ModelConfig {
 }
 
 /// Every option at least once.
-fn configs() -> [ModelConfig; 4] {
+fn configs() -> [ModelConfig; 7] {
     let two_heads = ModelConfig {
         n_heads: 2,
         tied_embedding: true,
@@ -47,6 +50,30 @@ fn configs() -> [ModelConfig; 4] {
         two_heads,
         ModelConfig { attention: window_only, final_norm: false, ..small() },
         ModelConfig { attention: constant_blocks, ..small() },
+        ModelConfig {
+            learning: LearningConfig::Gradient(CodewordGradient {
+                codebook_weight: 0.3,
+                from_attention: true,
+            }),
+            estimator: Estimator::Directional,
+            n_heads: 2,
+            ..small()
+        },
+        ModelConfig {
+            learning: LearningConfig::Linear {
+                d_basis: 6,
+                learned_basis: false,
+                bias: true,
+                gradient: CodewordGradient { codebook_weight: 0.3, from_attention: false },
+            },
+            estimator: Estimator::Rotation(Rotation::default()),
+            ..small()
+        },
+        ModelConfig {
+            learning: LearningConfig::Ema { smoothing: Smoothing::Laplace { epsilon: 1e-5 } },
+            estimator: Estimator::None,
+            ..small()
+        },
     ]
 }
 
@@ -257,5 +284,31 @@ fn f32_agrees_with_f64() {
         let b = single.cast::<f64>().push(tokens.view(), &mut b.unwrap()).unwrap();
         assert!(relative_rms(&a, &b) < 1e-5, "{:e}", relative_rms(&a, &b));
         assert_eq!(single.cast::<f64>().cast::<f32>(), single);
+    }
+}
+
+/// What moves in three steps, by kind of learning: every parameter that there is, and moving averages.
+#[test]
+fn every_kind_of_learning_moves_what_it_should() {
+    for config in configs() {
+        let before = model(&config);
+        let mut trainer = Trainer::new(before.clone(), AdamW::default()).unwrap();
+        for step in 0..3 {
+            let all = tokens(step, (B, T + 1));
+            let (tokens, targets) = (all.slice(s![.., ..T]).to_owned(), all.slice(s![.., 1..]).to_owned());
+            trainer.step(&Batch { tokens, targets, first: step == 0 }, 1.0).unwrap();
+        }
+        let after = trainer.into_model();
+        for (old, new) in before.parameters().views().iter().zip(after.parameters().views()) {
+            // Without reading anything through the cache, or with no gradient to keys, some may stay.
+            assert!(old.value != new.value || !old.name.contains("codebook"), "{} has not moved", old.name);
+        }
+        let by_average = matches!(config.learning, LearningConfig::Ema { .. });
+        assert_eq!(before.learning() != after.learning(), by_average);
+        for (old, new) in before.codebooks().iter().zip(after.codebooks()) {
+            assert_ne!(old.codewords(), new.codewords());
+        }
+        let total = config.n_parameters();
+        assert_eq!(after.parameters().len() as u128, total);
     }
 }

@@ -21,7 +21,7 @@ use transformer_vq::ops::{cross_entropy, positions};
 use super::Check;
 
 pub fn checks() -> Vec<Check> {
-    let check = |name, worst_error| Check { name, worst_error, tolerance: 1e-7 };
+    let check = |name, worst_error| Check { name, worst_error, tolerance: 1e-8 };
     vec![
         check("model: one head", || error(&small(), false)),
         check("model: two heads, tied, absolute, masked", || {

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 use transformer_vq::attention::VqAttention;
-use transformer_vq::model::ModelConfig;
+use transformer_vq::codebook::{Estimator, Rotation, Smoothing};
+use transformer_vq::model::{CodewordGradient, LearningConfig, ModelConfig};
 use transformer_vq::train::AdamW;
 
 /// Trains a byte-level Transformer-VQ on text, then writes a sample of what it has learned.
@@ -110,12 +111,82 @@ pub struct Sizes {
     /// How much of its past a codebook keeps at each step
     #[arg(long, default_value_t = 0.99)]
     pub codebook_decay: f64,
+    /// How codebooks learn
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub learning: Learning,
+    /// How gradients pass from quantized keys to keys
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub estimator: KeyGradient,
+    /// Weight of the codebook loss, for --learning gradient and linear
+    #[arg(long, default_value_t = 1e-3)]
+    #[serde(default = "codebook_weight")]
+    pub codebook_weight: f64,
+    /// Let attention's own gradient move the codewords too, for --learning gradient and linear
+    #[arg(long)]
+    #[serde(default)]
+    pub from_attention: bool,
     /// Part of the run in which the learning rate rises
     #[arg(long, default_value_t = 0.03)]
     pub warmup: f64,
 }
 
+/// What runs from before the option learn with; they do not read it.
+fn codebook_weight() -> f64 {
+    1e-3
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Learning {
+    /// Moving averages of keys, counts clamped
+    #[default]
+    Ema,
+    /// Moving averages of keys, counts smoothed
+    Laplace,
+    /// Codewords are parameters
+    Gradient,
+    /// Codewords are a frozen basis times a matrix (SimVQ)
+    Linear,
+    /// Codewords stay as they began
+    Frozen,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyGradient {
+    #[default]
+    StraightThrough,
+    Rotation,
+    Directional,
+    None,
+}
+
 impl Sizes {
+    fn learning(&self) -> LearningConfig {
+        let gradient =
+            CodewordGradient { codebook_weight: self.codebook_weight, from_attention: self.from_attention };
+        match self.learning {
+            Learning::Ema => LearningConfig::default(),
+            Learning::Laplace => LearningConfig::Ema { smoothing: Smoothing::Laplace { epsilon: 1e-5 } },
+            Learning::Gradient => LearningConfig::Gradient(gradient),
+            Learning::Linear => {
+                LearningConfig::Linear { d_basis: self.d_k, learned_basis: false, bias: false, gradient }
+            }
+            Learning::Frozen => LearningConfig::Frozen,
+        }
+    }
+
+    fn estimator(&self) -> Estimator {
+        match self.estimator {
+            KeyGradient::StraightThrough => Estimator::StraightThrough,
+            KeyGradient::Rotation => Estimator::Rotation(Rotation::default()),
+            KeyGradient::Directional => Estimator::Directional,
+            KeyGradient::None => Estimator::None,
+        }
+    }
+
     pub fn model(&self) -> ModelConfig {
         ModelConfig {
             d_model: self.d_model,
@@ -131,6 +202,8 @@ impl Sizes {
             },
             commit_weight: self.commit_weight,
             codebook_decay: self.codebook_decay,
+            learning: self.learning(),
+            estimator: self.estimator(),
             ..ModelConfig::default()
         }
     }

@@ -102,14 +102,19 @@ impl Estimator {
         let values = d.as_slice_mut().expect("standard layout");
         let of_head = |(i, d): (usize, &mut [T])| {
             let (b, h) = (i / n_heads, i % n_heads);
+            let codewords = codewords.index_axis(Axis(0), h);
+            let squares = rotation::squares(codewords);
             let of_task = |(task, d): (usize, &mut [T])| {
                 let of = task * KEYS_PER_TASK..len.min((task + 1) * KEYS_PER_TASK);
                 let d = ArrayViewMut2::from_shape((of.len(), d_k), d).expect("whole rows");
                 let (keys, codes) = (keys.slice(s![b, h, of.clone(), ..]), codes.slice(s![b, h, of]));
-                // Here, where a task's rows stay in the cache, the search costs no pass over memory.
+                // One task's rows at a time, while they are in the cache.
+                if let Estimator::Rotation(rotation) = self {
+                    return rotation::backward(rotation, keys, codes, codewords, &squares, d);
+                }
                 let finite = all_finite(keys) && all_finite(d.view());
                 if finite {
-                    self.key_backward(keys, codes, codewords.index_axis(Axis(0), h), d);
+                    self.key_backward(keys, codes, codewords, d);
                 }
                 finite
             };
@@ -118,6 +123,7 @@ impl Estimator {
         };
         let heads = values.par_chunks_mut((len * d_k).max(1)).enumerate();
         if !heads.map(of_head).reduce(|| true, |a, b| a & b) {
+            // What has overflowed is not found here.
             check_finite("keys", keys)?;
             check_finite("d_quantized", d.view())?;
         }
@@ -187,7 +193,9 @@ impl Estimator {
         debug_assert_eq!(d.dim(), (codes.len(), codewords.ncols()));
         match self {
             Estimator::StraightThrough => {}
-            Estimator::Rotation(rotation) => rotation::backward(rotation, keys, codes, codewords, d),
+            Estimator::Rotation(rotation) => {
+                rotation::backward(rotation, keys, codes, codewords, &rotation::squares(codewords), d);
+            }
             Estimator::Directional => directional::backward(keys, codes, codewords, d),
             Estimator::None => d.fill(T::zero()),
         }
@@ -251,12 +259,12 @@ pub(crate) fn lookup_into<T: Scalar>(
 ///
 /// # Shapes
 /// `keys` and `d` [N, K], `codewords` [S, K], of any strides.
-pub(super) fn contiguous_rows<T: Scalar>(
+pub(super) fn contiguous_rows<T: Scalar, R>(
     keys: ArrayView2<'_, T>,
     codewords: ArrayView2<'_, T>,
     mut d: ArrayViewMut2<'_, T>,
-    f: impl Fn(ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut2<'_, T>),
-) {
+    f: impl Fn(ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut2<'_, T>) -> R,
+) -> R {
     let codewords = codewords.as_standard_layout();
     let copy; // of the keys
     let keys = if side_by_side(keys) {
@@ -266,11 +274,12 @@ pub(super) fn contiguous_rows<T: Scalar>(
         copy.view()
     };
     if side_by_side(d.view()) {
-        f(keys, codewords.view(), d);
+        f(keys, codewords.view(), d)
     } else {
         let mut copy = d.as_standard_layout().into_owned();
-        f(keys, codewords.view(), copy.view_mut());
+        let result = f(keys, codewords.view(), copy.view_mut());
         d.assign(&copy);
+        result
     }
 }
 

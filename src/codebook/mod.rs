@@ -295,16 +295,20 @@ impl<T: Scalar> Codebook<T> {
 
 /// Checks that every code [B, H, T] is below the number of codes.
 fn check_codes(codes: ArrayView3<'_, u32>, n_codes: usize) -> Result<(), Error> {
-    let beyond = |&(_, &code): &(_, &u32)| code as usize >= n_codes;
-    match codes.indexed_iter().find(beyond) {
-        None => Ok(()),
-        Some(((sequence, head, position), &code)) => Err(Error::OutOfRange {
-            what: "codes",
-            index: vec![sequence, head, position],
-            got: code.into(),
-            limit: n_codes,
-        }),
+    // One pass without branches decides; only a failure looks for the place.
+    let largest = codes.fold(0, |largest: u32, &code| largest.max(code)) as usize;
+    if largest < n_codes || codes.is_empty() {
+        return Ok(());
     }
+    let mut all = codes.indexed_iter();
+    let found = all.find(|&(_, &code)| code as usize >= n_codes);
+    let ((sequence, head, position), &code) = found.expect("one is beyond");
+    Err(Error::OutOfRange {
+        what: "codes",
+        index: vec![sequence, head, position],
+        got: code.into(),
+        limit: n_codes,
+    })
 }
 
 /// Checks that a mask, where there is one, has the shape [B, T].

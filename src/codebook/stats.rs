@@ -21,8 +21,8 @@ use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
-/// Columns of the sums that one task takes: a few cache lines of each key.
-const COLUMNS_PER_TASK: usize = 64;
+/// Columns of the sums that one task takes at least: a few cache lines of each key.
+const COLUMNS_PER_TASK: usize = 32;
 
 /// Sums of keys and counts per head and code, of the positions that count.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -79,10 +79,12 @@ impl<T: Scalar> CodeStats<T> {
         let (n_sequences, n_heads, _, d_k) = keys.dim();
         let mut stats = Self::zeros(n_heads, n_codes, d_k).expect("as large as the codebook");
         let mask_of = |sequence| mask.as_ref().map(|mask| mask.row(sequence));
-        // Columns are independent of each other: cut by them, every sum keeps the order of the keys.
-        stats.sums.axis_chunks_iter_mut(Axis(2), COLUMNS_PER_TASK).into_par_iter().enumerate().for_each(
+        // Columns are independent of each other: cut by them, anywhere, every sum keeps the order of the keys. So the number of
+        // threads may say where, which spares a single one reading keys by halves.
+        let width = d_k.div_ceil(rayon::current_num_threads()).max(COLUMNS_PER_TASK);
+        stats.sums.axis_chunks_iter_mut(Axis(2), width).into_par_iter().enumerate().for_each(
             |(task, mut sums)| {
-                let columns = task * COLUMNS_PER_TASK..d_k.min((task + 1) * COLUMNS_PER_TASK);
+                let columns = task * width..d_k.min((task + 1) * width);
                 sums.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(head, mut sums)| {
                     for sequence in 0..n_sequences {
                         let keys = keys.slice(s![sequence, head, .., columns.clone()]);

@@ -2,9 +2,11 @@
 
 use ndarray::{Array1, Array2, Array3, array};
 use transformer_vq::attention::VqAttention;
-use transformer_vq::codebook::CodeStats;
+use transformer_vq::codebook::{CodeStats, Estimator, Rotation, RotationScale, Smoothing};
 use transformer_vq::generate::{Generator, Sampler, Scorer, log_probabilities};
-use transformer_vq::model::{ModelConfig, ModelState, Transformer};
+use transformer_vq::model::{
+    CodewordGradient, LearningConfig, ModelConfig, ModelState, Transformer, published,
+};
 
 use super::refused;
 
@@ -82,6 +84,80 @@ fn impossible_configurations_are_told_apart() {
     );
     let attention = attention(4, 1 << 30);
     check(ModelConfig { attention, n_layers: 1 << 20, n_heads: 1 << 20, ..small() }, "TooLarge", "windows");
+}
+
+#[test]
+fn impossible_learning_and_estimators_are_refused() {
+    let by = |codebook_weight| CodewordGradient { codebook_weight, from_attention: false };
+    let linear =
+        |d_basis, gradient| LearningConfig::Linear { d_basis, learned_basis: false, bias: false, gradient };
+    let with = |learning| ModelConfig { learning, ..small() }.validate();
+    for bad in [f64::NAN, f64::INFINITY, -1.0] {
+        refused(with(LearningConfig::Gradient(by(bad))), "Invalid", "codebook_weight");
+        refused(with(linear(4, by(bad))), "Invalid", "codebook_weight");
+        let smoothing = Smoothing::Laplace { epsilon: bad };
+        refused(with(LearningConfig::Ema { smoothing }), "Invalid", "epsilon");
+        let scale = RotationScale::AtMost(bad);
+        let estimator = Estimator::Rotation(Rotation { scale, ..Rotation::default() });
+        refused(ModelConfig { estimator, ..small() }.validate(), "Invalid", "scale");
+    }
+    refused(with(linear(0, by(1.0))), "Invalid", "d_basis");
+    let huge = LearningConfig::Linear {
+        d_basis: u32::MAX as usize,
+        learned_basis: true,
+        bias: true,
+        gradient: by(1.0),
+    };
+    let huge = ModelConfig { learning: huge, n_codes: u32::MAX as usize, d_k: 1, d_v: 1, ..small() };
+    refused(huge.validate(), "TooLarge", "bases");
+    assert!(huge.n_parameters() > 1 << 60);
+}
+
+#[test]
+fn learning_that_the_configuration_does_not_have_is_refused() {
+    let gradient = CodewordGradient { codebook_weight: 1.0, from_attention: false };
+    let linear = |learned_basis| LearningConfig::Linear { d_basis: 4, learned_basis, bias: false, gradient };
+    let laplace = LearningConfig::Ema { smoothing: Smoothing::Laplace { epsilon: 1e-5 } };
+    let kinds = [
+        LearningConfig::default(),
+        laplace,
+        LearningConfig::Gradient(gradient),
+        linear(false),
+        linear(true),
+        LearningConfig::Frozen,
+    ];
+    let models = kinds.map(|learning| Transformer::new(ModelConfig { learning, ..small() }, 1).unwrap());
+    for (i, model) in models.iter().enumerate() {
+        for (j, other) in models.iter().enumerate() {
+            let (config, parameters) = (model.config().clone(), model.parameters().clone());
+            let result = Transformer::from_parts(config, parameters, other.learning().to_vec());
+            if i == j {
+                assert_eq!(&result.unwrap(), model);
+            } else {
+                refused(result, "Invalid", "codebooks");
+            }
+        }
+        // The published names hold one kind.
+        let tensors = published::to_tensors(model);
+        let gradients = published::parameters_to_tensors(model.config(), model.parameters());
+        if i == 0 {
+            assert_eq!(&published::from_tensors(model.config().clone(), tensors.unwrap()).unwrap(), model);
+            gradients.unwrap();
+        } else {
+            refused(tensors, "Invalid", "learning");
+            refused(gradients, "Invalid", "learning");
+            refused(
+                published::from_tensors::<f32>(model.config().clone(), Default::default()),
+                "Invalid",
+                "learning",
+            );
+        }
+    }
+    // A basis of another size.
+    let wide = LearningConfig::Linear { d_basis: 5, learned_basis: false, bias: false, gradient };
+    let wide = Transformer::new(ModelConfig { learning: wide, ..small() }, 1).unwrap();
+    let (config, parameters) = (models[3].config().clone(), models[3].parameters().clone());
+    refused(Transformer::from_parts(config, parameters, wide.learning().to_vec()), "Shape", "weight");
 }
 
 #[test]
