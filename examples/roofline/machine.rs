@@ -46,10 +46,32 @@ impl Machine {
         2.0 * (SIDE as f64).powi(3) / seconds
     }
 
-    /// Runs `task`, `operations` large, and the product in turn, `pairs` times.
-    pub fn pairs(&self, pairs: usize, operations: f64, task: &mut dyn FnMut()) -> Measured {
+    /// Runs `task`, `operations` large, and the product in turn.
+    pub fn pairs(&self, pairs: Rounds, operations: f64, task: &mut dyn FnMut()) -> Measured {
         let [measured] = rounds(pairs, || self.product(), [Task { amount: operations, run: task }]);
         measured
+    }
+}
+
+/// How often a task and its yardstick are measured.
+#[derive(Debug, Clone, Copy)]
+pub enum Rounds {
+    Exactly(usize),
+    /// 15, but not beyond what is affordable: of tasks that take long, at least 5.
+    Affordable,
+}
+
+impl Rounds {
+    const MOST: usize = 15;
+    const LEAST: usize = 5;
+    /// Seconds that all rounds of a measurement may take.
+    const BUDGET: f64 = 4.0;
+
+    fn goes_on(self, done: usize, seconds: f64) -> bool {
+        match self {
+            Rounds::Exactly(n) => done < n,
+            Rounds::Affordable => done < Self::LEAST || (done < Self::MOST && seconds < Self::BUDGET),
+        }
     }
 }
 
@@ -60,16 +82,17 @@ pub struct Task<'a> {
     pub run: &'a mut dyn FnMut(),
 }
 
-/// Runs the tasks in turn, `n` times, each right after a measurement of the speed that it is compared with.
+/// Runs the tasks in turn, each right after a measurement of the speed that it is compared with.
 pub fn rounds<const N: usize>(
-    n: usize,
+    n: Rounds,
     yardstick: impl Fn() -> f64,
     mut tasks: [Task<'_>; N],
 ) -> [Measured; N] {
     // Once before: buffers come to life, and caches fill.
     tasks.iter_mut().for_each(|task| (task.run)());
     let mut measured = std::array::from_fn(|_| Measured::default());
-    for _ in 0..n {
+    let (mut done, all) = (0, Instant::now());
+    while n.goes_on(done, all.elapsed().as_secs_f64()) {
         for (task, Measured { seconds, ratios }) in tasks.iter_mut().zip(&mut measured) {
             let speed = yardstick();
             let begun = Instant::now();
@@ -82,6 +105,7 @@ pub fn rounds<const N: usize>(
             seconds.push(one);
             ratios.push(task.amount / one / speed);
         }
+        done += 1;
     }
     measured
 }

@@ -3,7 +3,7 @@
 //! against the bandwidth of memory.
 //!
 //! Runs for about five minutes on two cores, first on one thread, then on all, and takes up to 4 GB (peak memory is that of
-//! 131072 tokens); `--all-lengths` for about an hour, `--pairs 3` or `--only` for less.
+//! 131072 tokens); `--pairs 15` for a quarter of an hour, `--all-lengths` for an hour, `--only` for less.
 //!
 //! ```sh
 //! cargo run --release --example roofline
@@ -23,7 +23,7 @@
 //! (all of them are in the time). Further:
 //!
 //! - `quadratic`: T^2/2 (2 K + 2 V) per head, three times with backward. Its speed-up is the ratio of times; `over operations`
-//!   divides that by the ratio of useful operations. A third of the pairs, because its calls take seconds.
+//!   divides that by the ratio of useful operations.
 //! - `unit`: 2 D H (2 K + 3 V) per token for the projections, and attention. No unit is public by itself: it is a model of one
 //!   unit with a vocabulary of two, embedding and logits included.
 //! - `training`: 6 per weight (those that every token is multiplied with) and token, and three times attention's.
@@ -48,7 +48,7 @@ use std::process::ExitCode;
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 
-use crate::machine::Machine;
+use crate::machine::{Machine, Rounds};
 use crate::report::Report;
 use crate::shapes::{SHAPES, Shape};
 
@@ -73,9 +73,9 @@ struct Args {
     /// Only this many threads; without it, one and then all
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// Pairs of measurements behind each median
-    #[arg(long, default_value_t = 15, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
-    pairs: usize,
+    /// Pairs of measurements behind each median; without it, 15, and 5 or more where 15 would take longer than 4 seconds
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+    pairs: Option<usize>,
     /// Attention without relative biases (units have them)
     #[arg(long)]
     no_biases: bool,
@@ -102,7 +102,7 @@ enum Section {
 /// What every part is told.
 pub struct Run<'a> {
     machine: Machine,
-    pairs: usize,
+    pairs: Rounds,
     shapes: Vec<&'a Shape>,
     /// Whether the shape was asked for, also of parts that otherwise leave it out.
     one_shape: bool,
@@ -151,7 +151,7 @@ fn run(args: &Args) -> Result {
         pool(n)?.install(|| -> Result {
             let run = Run {
                 machine: Machine::new(n),
-                pairs: args.pairs,
+                pairs: args.pairs.map_or(Rounds::Affordable, Rounds::Exactly),
                 shapes: shapes.clone(),
                 one_shape: args.shape.is_some(),
                 length: args.length,

@@ -29,7 +29,7 @@ impl Report {
 
     /// A title.
     pub fn heading(&mut self, text: &str) -> Result {
-        self.both(&format!("\n## {text}\n"))
+        self.both(&format!("## {text}\n"))
     }
 
     /// A line of text.
@@ -41,7 +41,6 @@ impl Report {
     pub fn table(&mut self, columns: &[&str]) -> Result {
         self.widths = columns.iter().map(|title| title.chars().count().max(7)).collect();
         self.widths[0] = self.widths[0].max(26);
-        println!();
         self.row(columns)?;
         let lines = columns.iter().enumerate().map(|(i, _)| if i == 0 { "---" } else { "---:" });
         self.markdown(&format!("|{}|", lines.collect::<Vec<_>>().join("|")))
@@ -60,7 +59,7 @@ impl Report {
 
     /// Ends a table.
     pub fn end(&mut self) -> Result {
-        self.markdown("")
+        self.both("")
     }
 
     fn both(&mut self, text: &str) -> Result {
