@@ -65,7 +65,7 @@ impl Rounds {
     const MOST: usize = 15;
     const LEAST: usize = 5;
     /// Seconds that all rounds of a measurement may take.
-    const BUDGET: f64 = 4.0;
+    const BUDGET: f64 = 3.0;
 
     fn goes_on(self, done: usize, seconds: f64) -> bool {
         match self {

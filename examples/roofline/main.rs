@@ -73,7 +73,7 @@ struct Args {
     /// Only this many threads; without it, one and then all
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// Pairs of measurements behind each median; without it, 15, and 5 or more where 15 would take longer than 4 seconds
+    /// Pairs of measurements behind each median; without it, 15, and 5 or more where 15 would take longer than 3 seconds
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
     pairs: Option<usize>,
     /// Attention without relative biases (units have them)
