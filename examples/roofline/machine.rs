@@ -1,4 +1,4 @@
-//! What the machine can do: the matrix product, fused multiply-adds in registers, memory.
+//! What the machine can do: the matrix product, fused multiply-adds in registers, memory; and measuring next to these.
 
 use std::fmt;
 use std::hint::black_box;
@@ -7,22 +7,30 @@ use std::time::Instant;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use rayon::prelude::*;
 
+use crate::bandwidth::Memory;
+
 /// Side of the matrices whose product is the yardstick.
 const SIDE: usize = 2048;
+/// Short tasks are repeated for as long, seconds.
+const SHORTEST: f64 = 0.05;
 
 /// The yardsticks on a number of threads.
 pub struct Machine {
     threads: usize,
     a: Vec<f32>,
     b: Vec<f32>,
-    peak: f64,
+    pub memory: Memory,
 }
 
 impl Machine {
     /// On the threads of the current pool.
     pub fn new(threads: usize) -> Self {
         let matrix = |step: usize| (0..SIDE * SIDE).map(|i| ((i * step) % 31) as f32 / 31.0 - 0.5).collect();
-        Machine { threads, a: matrix(7), b: matrix(11), peak: multiply_adds(threads) }
+        Machine { threads, a: matrix(7), b: matrix(11), memory: Memory::new(threads) }
+    }
+
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 
     /// Operations per second of one product just now.
@@ -38,48 +46,113 @@ impl Machine {
         2.0 * (SIDE as f64).powi(3) / seconds
     }
 
-    /// Runs `task`, `operations` large, and the product in turn, `pairs` times: medians of seconds and of the ratio of speeds.
-    pub fn pairs(&self, pairs: usize, operations: f64, mut task: impl FnMut()) -> Measured {
-        task(); // warms buffers
-        let mut seconds = vec![];
-        let mut ratios = vec![];
-        for _ in 0..pairs {
-            let product = self.product();
-            let begun = Instant::now();
-            let mut n = 0;
-            // Short tasks are repeated for as long as the product takes.
-            while n == 0 || begun.elapsed().as_secs_f64() < 0.1 {
-                task();
-                n += 1;
-            }
-            let one = begun.elapsed().as_secs_f64() / f64::from(n);
-            seconds.push(one);
-            ratios.push(operations / one / product);
-        }
-        Measured { seconds: median(&mut seconds), ratio: median(&mut ratios) }
+    /// Runs `task`, `operations` large, and the product in turn.
+    pub fn pairs(&self, pairs: Rounds, operations: f64, task: &mut dyn FnMut()) -> Measured {
+        let [measured] = rounds(pairs, || self.product(), [Task { amount: operations, run: task }]);
+        measured
     }
 }
 
-/// Medians over pairs.
-pub struct Measured {
-    pub seconds: f64,
-    pub ratio: f64,
+/// How often a task and its yardstick are measured.
+#[derive(Debug, Clone, Copy)]
+pub enum Rounds {
+    Exactly(usize),
+    /// 15, but not beyond what is affordable: of tasks that take long, at least 5.
+    Affordable,
 }
 
-pub fn median(values: &mut [f64]) -> f64 {
+impl Rounds {
+    const MOST: usize = 15;
+    const LEAST: usize = 5;
+    /// Seconds that all rounds of a measurement may take.
+    const BUDGET: f64 = 3.0;
+
+    fn goes_on(self, done: usize, seconds: f64) -> bool {
+        match self {
+            Rounds::Exactly(n) => done < n,
+            Rounds::Affordable => done < Self::LEAST || (done < Self::MOST && seconds < Self::BUDGET),
+        }
+    }
+}
+
+/// Something to be timed.
+pub struct Task<'a> {
+    /// How much it does: operations, or bytes.
+    pub amount: f64,
+    pub run: &'a mut dyn FnMut(),
+}
+
+/// Runs the tasks in turn, each right after a measurement of the speed that it is compared with.
+pub fn rounds<const N: usize>(
+    n: Rounds,
+    yardstick: impl Fn() -> f64,
+    mut tasks: [Task<'_>; N],
+) -> [Measured; N] {
+    // Once before: buffers come to life, and caches fill.
+    tasks.iter_mut().for_each(|task| (task.run)());
+    let mut measured = std::array::from_fn(|_| Measured::default());
+    let (mut done, all) = (0, Instant::now());
+    while n.goes_on(done, all.elapsed().as_secs_f64()) {
+        for (task, Measured { seconds, ratios }) in tasks.iter_mut().zip(&mut measured) {
+            let speed = yardstick();
+            let begun = Instant::now();
+            let mut calls = 0;
+            while calls == 0 || begun.elapsed().as_secs_f64() < SHORTEST {
+                (task.run)();
+                calls += 1;
+            }
+            let one = begun.elapsed().as_secs_f64() / f64::from(calls);
+            seconds.push(one);
+            ratios.push(task.amount / one / speed);
+        }
+        done += 1;
+    }
+    measured
+}
+
+/// A task's rounds.
+#[derive(Default)]
+pub struct Measured {
+    seconds: Vec<f64>,
+    ratios: Vec<f64>,
+}
+
+impl Measured {
+    /// Of one call, median.
+    pub fn seconds(&self) -> f64 {
+        median(self.seconds.clone())
+    }
+
+    /// Its speed over the yardstick's: median over rounds.
+    pub fn ratio(&self) -> f64 {
+        median(self.ratios.clone())
+    }
+
+    /// How many times as long it takes as another task of the same rounds: median over rounds.
+    pub fn over(&self, other: &Self) -> f64 {
+        median(self.seconds.iter().zip(&other.seconds).map(|(mine, other)| mine / other).collect())
+    }
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut products: Vec<f64> = (0..5).map(|_| self.product()).collect();
+        let of_five = |measure: &dyn Fn() -> f64| median((0..5).map(|_| measure()).collect()) / 1e9;
+        let level = format!("{:?}", Level::new());
         write!(
             f,
-            "{:?}: product {:.0} GFLOP/s, multiply-adds in registers {:.0} GFLOP/s",
-            Level::new(),
-            median(&mut products) / 1e9,
-            self.peak / 1e9
+            "{}: product {:.0} GFLOP/s, multiply-adds in registers {:.0} GFLOP/s; memory ({}): reading {:.1} GB/s, copying \
+             {:.1} GB/s",
+            level.split('(').next().unwrap_or(&level),
+            of_five(&|| self.product()),
+            multiply_adds(self.threads) / 1e9,
+            self.memory,
+            of_five(&|| self.memory.read()),
+            of_five(&|| self.memory.copy()),
         )
     }
 }
