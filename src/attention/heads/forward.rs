@@ -77,7 +77,7 @@ fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mu
     let of_heads: Vec<(f64, bool)> = codes
         .par_chunks_mut(t.max(1))
         .enumerate()
-        .flat_map_iter(|(n, codes)| codes.chunks_mut(KEYS).enumerate().map(move |(i, codes)| (n, i, codes)))
+        .flat_map(|(n, codes)| codes.par_chunks_mut(KEYS).enumerate().map(move |(i, codes)| (n, i, codes)))
         .map(|(n, i, codes)| {
             let range = i * KEYS..i * KEYS + codes.len();
             let keys = inputs.k.slice(s![n / h, n % h, range.clone(), ..]);
