@@ -1,6 +1,7 @@
 //! Loops compiled once per instruction set, the best one picked when the program runs; rows of lanes for them.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
 
 use fearless_simd::{Level, Simd};
 
@@ -20,9 +21,19 @@ macro_rules! on_best_simd {
 }
 pub(crate) use on_best_simd;
 
-/// The instruction set that this program uses: the best that the processor has.
+/// The instruction set that this program uses: the best that the processor has, or the lesser one that the environment
+/// variable `TRANSFORMER_VQ_SIMD` names at the first call (`avx2`, `plain`), so that both can be tested and measured.
 pub(crate) fn level() -> Level {
-    Level::new()
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let best = Level::new();
+        match std::env::var("TRANSFORMER_VQ_SIMD").as_deref() {
+            #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+            Ok("avx2") => best.as_avx2().map_or(best, Level::Avx2),
+            Ok("plain") => Level::baseline(),
+            _ => best,
+        }
+    })
 }
 
 /// Whether a multiplication and an addition are one instruction.

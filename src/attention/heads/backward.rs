@@ -14,7 +14,7 @@ use crate::ops::rows::all_finite;
 const TASKS: usize = 8;
 
 /// Tokens of a part at least.
-const SEGMENT: usize = 2048;
+const SEGMENT: usize = 512;
 
 /// Keys whose own gradients one task computes.
 const KEYS: usize = 1024;

@@ -133,7 +133,7 @@ unsafe fn panels<S: Simd, T: Scalar>(
                     c: operands.c.add(column),
                     ..operands
                 };
-                all_rows(simd, at, (m, DEPTH.min(k - p)), VECTORS, stored.clone(), add || p > 0, None);
+                all_rows(simd, at, (m, DEPTH.min(k - p)), VECTORS, stored.clone(), add || p > 0);
             }
         }
     }

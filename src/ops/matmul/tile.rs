@@ -131,23 +131,15 @@ unsafe fn tiles<S: Simd, T: Scalar>(
             } else {
                 panel
             };
-            // The panel after this one, which the tiles of this one ask for.
-            let next =
-                if p + depth < k { (p + depth, start) } else { (0, start + (vectors * lanes) as isize) };
-            let next = packs.then(|| {
-                let next = operands.b.wrapping_offset(next.0 as isize * operands.b_row + next.1);
-                (next, operands.b_row)
-            });
             // SAFETY: the panel is a part of the operands, or packed from one.
-            unsafe { all_rows(simd, panel, (m, depth), vectors, done..vectors * lanes, add || p > 0, next) };
+            unsafe { all_rows(simd, panel, (m, depth), vectors, done..vectors * lanes, add || p > 0) };
         }
         column += vectors * lanes - done;
     }
     true
 }
 
-/// The tiles of one panel: `columns` of so many vectors, of all m rows of A and C. `next` are rows of B, and how far they lie
-/// apart, that are wanted soon.
+/// The tiles of one panel: `columns` of so many vectors, of all m rows of A and C.
 ///
 /// # Safety
 /// As [`tiles`], for a depth of `depth`; A, B and C begin at the panel. B has whole vectors, C at least `columns`.
@@ -159,18 +151,10 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     vectors: usize,
     columns: Range<usize>,
     add: bool,
-    next: Option<(*const T, isize)>,
 ) {
     let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     let mut row = 0;
     while row < m {
-        if let Some((next, apart)) = next {
-            let share = DEPTH.div_ceil(m.div_ceil(8));
-            let first = row / 8 * share;
-            for p in first..(first + share).min(DEPTH) {
-                prefetch(next.wrapping_offset(p as isize * apart));
-            }
-        }
         let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
         let i = row as isize;
         // SAFETY: row + the rows of the chosen tile <= m.
@@ -188,18 +172,6 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
                 _ => tile::<S, T, 1, 1>(simd, at, depth, c, add),
             };
         }
-    }
-}
-
-/// Asks for the cache lines of the next vectors, on the way to the second-level cache. Any address is allowed.
-#[inline(always)]
-fn prefetch<T>(b: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing and faults nowhere.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(b.cast());
-        _mm_prefetch::<_MM_HINT_T1>(b.cast::<i8>().wrapping_add(64));
     }
 }
 
