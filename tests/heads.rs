@@ -274,13 +274,48 @@ fn any_number_of_threads_gives_the_same_bits() {
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            let batches = batches::<f32>();
+            let mut batches = batches::<f32>();
+            // Long enough to be cut into segments, by number of threads forward and by sizes backward.
+            let attention = VqAttention { block_len: 100, window: 70, ..VqAttention::default() };
+            batches.push(Batch::new(attention, 2100, true, true));
             Vec::from_iter(batches.iter().map(|batch| batch.bits(&batch.inputs(), batch.d_out.view())))
         })
     };
     let expected = on(1);
     assert!(on(2) == expected);
     assert!(on(8) == expected);
+}
+
+#[test]
+fn arrays_that_the_caller_keeps_may_hold_anything() {
+    let (mut output, mut gradients) = (BatchOutput::default(), BatchGradients::default());
+    for batch in batches::<f64>() {
+        let (expected, expected_states, expected_d) = batch.run(&batch.inputs(), batch.d_out.view());
+        // First arrays of the last batch's shapes, then of this one's, full of NaN.
+        for _ in 0..2 {
+            let mut states = batch.states.clone();
+            let inputs = batch.inputs();
+            let saved =
+                batch.attention.forward_into(&inputs, &batch.codebook, &mut states, &mut output).unwrap();
+            let (through, d_out) = (Estimator::StraightThrough, batch.d_out.view());
+            batch
+                .attention
+                .backward_into(&inputs, saved, d_out, through, COMMIT_WEIGHT, &mut gradients)
+                .unwrap();
+            assert_eq!((&output.out, &output.codes), (&expected.out, &expected.codes));
+            assert_eq!((&output.lse, &output.cached_mass), (&expected.lse, &expected.cached_mass));
+            assert_eq!((&output.stats, output.commit_loss), (&expected.stats, expected.commit_loss));
+            assert_eq!(states, expected_states);
+            assert_eq!((&gradients.q, &gradients.k), (&expected_d.q, &expected_d.k));
+            assert_eq!((&gradients.v, &gradients.codewords), (&expected_d.v, &expected_d.codewords));
+            output.out.fill(f64::NAN);
+            output.lse.fill(f64::NAN);
+            output.cached_mass.fill(f64::NAN);
+            gradients.q.fill(f64::NAN);
+            gradients.k.fill(f64::NAN);
+            gradients.v.fill(f64::NAN);
+        }
+    }
 }
 
 #[test]

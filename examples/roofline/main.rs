@@ -2,7 +2,7 @@
 //! the speed of a plain matrix product measured next to it; decoding, which reads more than it computes, as bytes per second
 //! against the bandwidth of memory.
 //!
-//! Runs for about five minutes on two cores, first on one thread, then on all, and takes up to 4 GB (peak memory is that of
+//! Runs for about seven minutes on two cores, first on one thread, then on all, and takes up to 4 GB (peak memory is that of
 //! 131072 tokens); `--pairs 15` for a quarter of an hour, `--all-lengths` for an hour, `--only` for less.
 //!
 //! ```sh
