@@ -4,7 +4,9 @@ use ndarray::{Array1, Array2, Array3, Array4, Axis, array, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::codebook::revive::replacements;
-use transformer_vq::codebook::{CodeStats, Codebook, Ema, Learning, Replacement, commitment, start};
+use transformer_vq::codebook::{
+    CodeStats, Codebook, Ema, Learning, Replacement, Smoothing, commitment, start,
+};
 use transformer_vq::ndarray;
 
 const H: usize = 2;
@@ -70,6 +72,20 @@ fn only_idle_codes_change_and_sums_and_counts_agree() {
 }
 
 /// Without a single key they last ln(0.1) / ln(0.9) = 21.9 updates, as their counts start at the mean.
+#[test]
+fn a_restarted_code_has_its_codeword_whatever_counts_are_divided_by() {
+    let (_, codebook, _) = case();
+    for smoothing in [Smoothing::CountClamp, Smoothing::Laplace { epsilon: 0.3 }] {
+        let mut ema = state(&codebook).clone().with_smoothing(smoothing).unwrap();
+        let codeword = Array1::from_shape_fn(codebook.d_k(), |k| k as f64 - 0.5);
+        let restarted = [Replacement { head: 0, code: 1, codeword: codeword.clone() }];
+        ema.replace(&restarted).unwrap();
+        let codewords = Codebook::ema(ema).codewords();
+        let difference = (&codewords.slice(s![0, 1, ..]) - &codeword).mapv(f64::abs).sum();
+        assert!(difference < 1e-14, "{smoothing:?}: {difference:e}");
+    }
+}
+
 #[test]
 fn revived_codes_have_time_to_find_keys() {
     let (_, mut codebook, far) = case();

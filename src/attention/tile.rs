@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::block::Tile;
 use super::blockwise::Piece;
@@ -86,8 +86,7 @@ impl<T: Scalar> Scores<T> {
     /// Takes in the tile's queries and computes (1).
     pub fn fill_content(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let q = piece.inputs.q.slice(s![tile.queries(), ..]);
-        let content_bias = piece.inputs.biases.as_ref().map(|biases| biases.content);
-        load(q, content_bias, &mut self.q_content);
+        load(q, &piece.content_bias, &mut self.q_content);
         transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
         let codewords = piece.inputs.codewords.slice(s![self.codes.clone(), ..]);
         product(codewords, view(&self.q_content_t), view_mut(&mut self.content));
@@ -101,9 +100,9 @@ impl<T: Scalar> Scores<T> {
         for (row, &code) in recent[old.len()..].iter_mut().zip(&piece.codes[keys]) {
             *row = self.content[code as usize];
         }
-        if let Some(biases) = &piece.inputs.biases {
+        if piece.inputs.biases.is_some() {
             let q = piece.inputs.q.slice(s![tile.queries(), ..]);
-            load(q, Some(biases.position), &mut self.q_position);
+            load(q, &piece.position_bias, &mut self.q_position);
             let q_position = self.q_position.slice(s![..tile.len, ..]);
             product(q_position, piece.relative_t.view(), skew::inside_mut(&mut self.bias, tile.len));
             skew::add(tile, &self.bias, recent);
@@ -148,13 +147,12 @@ impl<T: Scalar> Scores<T> {
 }
 
 /// Rows plus a constant row.
-fn load<T: Scalar>(q: ArrayView2<'_, T>, bias: Option<ArrayView1<'_, T>>, sum: &mut Array2<T>) {
-    let bias = bias.map_or_else(|| vec![T::zero(); q.ncols()], |bias| bias.to_vec());
+fn load<T: Scalar>(q: ArrayView2<'_, T>, bias: &[T], sum: &mut Array2<T>) {
     for (q, mut sum) in q.rows().into_iter().zip(sum.rows_mut()) {
         if let (Some(q), Some(sum)) = (q.as_slice(), sum.as_slice_mut()) {
-            on_best_simd!(add(q, &bias, sum));
+            on_best_simd!(add(q, bias, sum));
         } else {
-            q.iter().zip(&bias).zip(&mut sum).for_each(|((&q, &bias), sum)| *sum = q + bias);
+            q.iter().zip(bias).zip(&mut sum).for_each(|((&q, &bias), sum)| *sum = q + bias);
         }
     }
 }

@@ -47,7 +47,7 @@ use crate::{Error, Scalar};
 const GROUP: usize = LANES / 2;
 
 /// Keys of one task: enough to repay its scratch, few enough to share a sequence among threads.
-const KEYS_PER_TASK: usize = 1024;
+pub(crate) const KEYS_PER_TASK: usize = 1024;
 
 /// The code of each key, by definition: the index of the codeword at the smallest distance, the lowest such index.
 ///

@@ -20,6 +20,7 @@ use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
@@ -176,23 +177,30 @@ pub(crate) fn squared_error<T: Scalar>(
     for (j, (key, &code)) in keys.outer_iter().zip(codes).enumerate() {
         if mask.is_none_or(|mask| mask[j]) {
             let codeword = codewords.row(code as usize);
-            total += match (key.to_slice(), codeword.to_slice()) {
+            let sums = match (key.to_slice(), codeword.to_slice()) {
                 (Some(key), Some(codeword)) => on_best_simd!(squared_distance(key, codeword)),
-                _ => key.iter().zip(codeword).map(|(&k, &c)| (k - c).as_f64().powi(2)).sum(),
+                _ => {
+                    // The same sums: what comes out must not depend on strides.
+                    let mut sums = [0.0; SUMS];
+                    for (i, (&k, &c)) in key.iter().zip(codeword).enumerate() {
+                        sums[i % SUMS] += (k - c).as_f64() * (k - c).as_f64();
+                    }
+                    sums
+                }
             };
+            total += sum_of_lanes(sums);
         }
     }
     total
 }
 
-/// |k - c|^2, a sum per lane, so that neighbours do not wait for each other.
+/// |k - c|^2 in parts, so that neighbours do not wait for each other.
 #[inline(always)]
-fn squared_distance<T: Scalar>(key: &[T], codeword: &[T]) -> f64 {
-    const LANES: usize = 16;
-    let mut sums = [0.0; LANES];
-    let ((keys, keys_rest), (codewords, codewords_rest)) = (key.as_chunks(), codeword.as_chunks());
+fn squared_distance<T: Scalar>(key: &[T], codeword: &[T]) -> [f64; SUMS] {
+    let mut sums = [0.0; SUMS];
+    let (keys, keys_rest) = key.as_chunks::<SUMS>();
+    let (codewords, codewords_rest) = codeword.as_chunks::<SUMS>();
     for (key, codeword) in keys.iter().zip(codewords) {
-        let (key, codeword): (&[T; LANES], &[T; LANES]) = (key, codeword);
         for ((sum, &k), &c) in sums.iter_mut().zip(key).zip(codeword) {
             let e = (k - c).as_f64();
             *sum += e * e;
@@ -202,7 +210,7 @@ fn squared_distance<T: Scalar>(key: &[T], codeword: &[T]) -> f64 {
         let e = (k - c).as_f64();
         *sum += e * e;
     }
-    sums.iter().sum()
+    sums
 }
 
 /// (3) for one sequence, given `scale` = 2 w / Z.

@@ -23,6 +23,7 @@ use rayon::prelude::*;
 use super::stats::add_rows_by_code;
 use super::{Rotation, check_codes, directional, rotation};
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::rows::all_finite;
 use crate::{Error, Scalar};
 
 /// Keys of one task: with their gradients they stay in the second-level cache.
@@ -285,10 +286,6 @@ pub(super) fn contiguous_rows<T: Scalar, R>(
 
 fn side_by_side<T>(x: ArrayView2<'_, T>) -> bool {
     x.ncols() <= 1 || x.strides()[1] == 1
-}
-
-fn all_finite<T: Scalar>(x: ArrayView2<'_, T>) -> bool {
-    x.fold(true, |finite, x| finite & x.is_finite())
 }
 
 #[cfg(test)]

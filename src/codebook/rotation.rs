@@ -27,6 +27,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use super::estimator::contiguous_rows;
 use crate::Scalar;
 use crate::error::Error;
+use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 
 /// Below this s a rotation gives way to a reflection.
@@ -296,18 +297,15 @@ impl<T: Scalar> Factors<T> {
     }
 }
 
-/// Partial results per lane: sums of floating-point numbers cannot be reordered, a vector register needs them apart.
-const LANES: usize = 16;
-
 /// x . y and x . z.
 #[inline(always)]
 fn dots<T: Scalar>(x: &[T], y: &[T], z: &[T]) -> (T, T) {
-    let (x, x_rest) = x.as_chunks::<LANES>();
-    let (y, y_rest) = y.as_chunks::<LANES>();
-    let (z, z_rest) = z.as_chunks::<LANES>();
-    let (mut xy, mut xz) = ([T::zero(); LANES], [T::zero(); LANES]);
+    let (x, x_rest) = x.as_chunks::<SUMS>();
+    let (y, y_rest) = y.as_chunks::<SUMS>();
+    let (z, z_rest) = z.as_chunks::<SUMS>();
+    let (mut xy, mut xz) = ([T::zero(); SUMS], [T::zero(); SUMS]);
     for ((x, y), z) in x.iter().zip(y).zip(z) {
-        for lane in 0..LANES {
+        for lane in 0..SUMS {
             xy[lane] += x[lane] * y[lane];
             xz[lane] += x[lane] * z[lane];
         }
@@ -322,8 +320,8 @@ fn dots<T: Scalar>(x: &[T], y: &[T], z: &[T]) -> (T, T) {
 /// The sum of `(x k_i + y c_i)^2`: s of (4).
 #[inline(always)]
 fn square_of_sum<T: Scalar>(k: &[T], x: T, c: &[T], y: T) -> T {
-    let ((k, k_rest), (c, c_rest)) = (k.as_chunks::<LANES>(), c.as_chunks::<LANES>());
-    let mut sums = [T::zero(); LANES];
+    let ((k, k_rest), (c, c_rest)) = (k.as_chunks::<SUMS>(), c.as_chunks::<SUMS>());
+    let mut sums = [T::zero(); SUMS];
     for (k, c) in k.iter().zip(c) {
         for ((sum, &k), &c) in sums.iter_mut().zip(k).zip(c) {
             let e = x * k + y * c;
@@ -335,17 +333,4 @@ fn square_of_sum<T: Scalar>(k: &[T], x: T, c: &[T], y: T) -> T {
         *sum += e * e;
     }
     sum_of_lanes(sums)
-}
-
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn sum_of_lanes<T: Scalar>(mut lanes: [T; LANES]) -> T {
-    let mut n = LANES / 2;
-    while n > 0 {
-        for i in 0..n {
-            lanes[i] += lanes[i + n];
-        }
-        n /= 2;
-    }
-    lanes[0]
 }

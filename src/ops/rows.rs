@@ -128,13 +128,13 @@ pub(crate) fn add_up<T: Scalar, const IN: usize, const OUT: usize>(
 
 // Loops below keep one partial result per lane: a vector register needs that, for floating-point sums cannot be reordered.
 // They are written without closures, which would not be compiled for the instruction set that is picked at run time.
-const LANES: usize = 16;
+pub(crate) const SUMS: usize = 16;
 
 /// The sum of `a_i b_i`. Rounding: relative to the sum of `|a_i b_i|` at most `n / 16 + 6` times half an epsilon.
 #[inline(always)]
 pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [T::zero(); LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>());
+    let mut sums = [T::zero(); SUMS];
     for (a, b) in a.iter().zip(b) {
         for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
             *sum += a * b;
@@ -149,8 +149,8 @@ pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
 /// The sum of `x_i`, rounded as [`dot`].
 #[inline(always)]
 pub(crate) fn sum<T: Scalar>(x: &[T]) -> T {
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let mut sums = [T::zero(); LANES];
+    let (chunks, rest) = x.as_chunks::<SUMS>();
+    let mut sums = [T::zero(); SUMS];
     for chunk in chunks {
         for (sum, &x) in sums.iter_mut().zip(chunk) {
             *sum += x;
@@ -162,9 +162,10 @@ pub(crate) fn sum<T: Scalar>(x: &[T]) -> T {
     sum_of_lanes(sums)
 }
 
+/// The sum of partial sums, by halves.
 #[inline(always)]
-fn sum_of_lanes<T: Scalar>(mut lanes: [T; LANES]) -> T {
-    let mut half = LANES / 2;
+pub(crate) fn sum_of_lanes<T: Scalar>(mut lanes: [T; SUMS]) -> T {
+    let mut half = SUMS / 2;
     while half > 0 {
         for lane in 0..half {
             lanes[lane] += lanes[lane + half];
@@ -177,8 +178,8 @@ fn sum_of_lanes<T: Scalar>(mut lanes: [T; LANES]) -> T {
 /// The largest element; NaN takes no part, and no elements give minus infinity.
 #[inline(always)]
 pub(crate) fn max<T: Scalar>(x: &[T]) -> T {
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let mut lanes = [T::neg_infinity(); LANES];
+    let (chunks, rest) = x.as_chunks::<SUMS>();
+    let mut lanes = [T::neg_infinity(); SUMS];
     for chunk in chunks {
         for (max, &x) in lanes.iter_mut().zip(chunk) {
             *max = if x > *max { x } else { *max };

@@ -36,6 +36,17 @@ pub(crate) fn level() -> Level {
     })
 }
 
+/// Every instruction set that this processor has, of those that the kernels are compiled for.
+#[cfg(test)]
+pub(crate) fn levels() -> Vec<Level> {
+    let best = Level::new();
+    let mut levels = vec![Level::baseline()];
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    levels.extend(best.as_avx2().map(Level::Avx2));
+    levels.push(best);
+    levels
+}
+
 /// Whether a multiplication and an addition are one instruction.
 #[inline(always)]
 pub(crate) fn fused<S: Simd>(simd: S) -> bool {
@@ -56,22 +67,50 @@ pub(crate) const LANES: usize = 64;
 /// A row of lanes.
 pub(crate) type Row<T> = [T; LANES];
 
-/// Rows of lanes, each of which begins on a cache line: a load that lies on two lines costs two.
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Numbers that begin on a cache line: a load that lies on two lines costs two.
 #[derive(Debug)]
-pub(crate) struct Rows<T> {
+pub(crate) struct Aligned<T> {
     elements: Vec<T>,
     first: usize,
-    rows: usize,
+    len: usize,
 }
+
+impl<T: Scalar> Aligned<T> {
+    /// So many zeros.
+    pub fn zeros(len: usize) -> Self {
+        let line = LINE / size_of::<T>();
+        let elements = vec![T::zero(); len + line];
+        // Where no offset is to be had, the wrong one costs time only.
+        let first = elements.as_ptr().align_offset(LINE).min(line);
+        Aligned { elements, first, len }
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.elements[self.first..][..self.len]
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.elements[self.first..][..self.len]
+    }
+}
+
+/// Rows of lanes, each of which begins on a cache line.
+#[derive(Debug)]
+pub(crate) struct Rows<T>(Aligned<T>);
 
 impl<T: Scalar> Rows<T> {
     /// Rows of zeros.
     pub fn zeros(rows: usize) -> Self {
-        const LINE: usize = 64;
-        let elements = vec![T::zero(); rows * LANES + LINE / size_of::<T>()];
-        // No offset is an offset that costs time only.
-        let first = elements.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
-        Rows { elements, first, rows }
+        Rows(Aligned::zeros(rows * LANES))
     }
 }
 
@@ -79,12 +118,12 @@ impl<T> Deref for Rows<T> {
     type Target = [Row<T>];
 
     fn deref(&self) -> &[Row<T>] {
-        &self.elements[self.first..].as_chunks().0[..self.rows]
+        self.0.as_chunks().0
     }
 }
 
 impl<T> DerefMut for Rows<T> {
     fn deref_mut(&mut self) -> &mut [Row<T>] {
-        &mut self.elements[self.first..].as_chunks_mut().0[..self.rows]
+        self.0.as_chunks_mut().0
     }
 }

@@ -43,8 +43,13 @@ pub fn cases() -> impl Strategy<Value = Case> {
     // Some pieces and blocks are longer than the 64 queries that a block treats at once.
     let tokens = prop_oneof![4 => 0..90usize, 1 => 90..200usize];
     let block_len = prop_oneof![3 => 1..40usize, 1 => 40..200usize];
-    let sizes = (tokens, 0..60usize, 2..9usize, 3..8usize, 1..6usize);
-    let attention = (block_len, 0..30usize, any::<bool>(), any::<bool>());
+    // Some widths are narrower than a register, some need several of the widest and end inside one.
+    let d_k = prop_oneof![2 => 3..8usize, 1 => 8..40usize];
+    let d_v = prop_oneof![2 => 1..6usize, 1 => 6..90usize];
+    // Some windows reach over several times 64 queries.
+    let window = prop_oneof![3 => 0..30usize, 1 => 30..150usize];
+    let sizes = (tokens, 0..60usize, 2..9usize, d_k, d_v);
+    let attention = (block_len, window, any::<bool>(), any::<bool>());
     (sizes, attention, any::<[bool; 2]>(), any::<u64>()).prop_map(
         |(sizes, attention, [biases, moved], seed)| {
             let (t, before, n_codes, d_k, d_v) = sizes;

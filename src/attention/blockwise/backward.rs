@@ -41,8 +41,8 @@ pub(in crate::attention) struct Tasks {
     pub threads: usize,
 }
 
-/// [`backward`](super::backward) on checked shapes; returns
-/// the gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.
+/// [`backward`](super::backward) on checked shapes; returns the gradients of the codewords and of the biases, and whether q,
+/// v and `d_out` are finite.
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
@@ -139,8 +139,7 @@ fn run_segment<T: Scalar>(
         let own = block.start - first..block.start + block.len - first;
         rows.k_hat.slice_mut(s![own.clone(), ..]).fill(T::zero());
         rows.v.slice_mut(s![own, ..]).fill(T::zero());
-        let inputs_of_block = [inputs.q, inputs.v, d_out];
-        for x in inputs_of_block {
+        for x in [inputs.q, inputs.v, d_out] {
             sums.finite &= all_finite(x.slice(s![block.queries(), ..]));
         }
         let log_counts = piece.log_counts(&cache);

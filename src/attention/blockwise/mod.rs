@@ -3,7 +3,7 @@
 //! Forward, for each block of L queries:
 //!
 //! ```text
-//! (1)  scores of all codes and of the recent keys            see `block`
+//! (1)  scores of all codes and of the recent keys            see `tile`
 //! (2)  lse_i = log( sum_{s: N_s>0} exp(a_is + ln N_s) + sum_{j recent} exp(s_ij) )
 //! (3)  o_i   = sum_s P_is mu_s + sum_j p_ij v_j              P_is = exp(a_is + ln N_s - lse_i), p_ij = exp(s_ij - lse_i)
 //! (4)  keys more than M before the next block enter the cache
@@ -86,10 +86,8 @@ pub fn backward<T: Scalar>(
     let (mut d_q, mut d_k_hat) = (Array2::zeros(inputs.q.raw_dim()), Array2::zeros(inputs.q.raw_dim()));
     let mut d_v = Array2::zeros(inputs.v.raw_dim());
     let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
-    let (codewords, biases, _) = {
-        let tasks = Tasks { segments: 1, threads: rayon::current_num_threads() };
-        run_backward(attention, inputs, saved, d_out, rows, tasks)
-    };
+    let tasks = Tasks { segments: 1, threads: rayon::current_num_threads() };
+    let (codewords, biases, _) = run_backward(attention, inputs, saved, d_out, rows, tasks);
     Ok(Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
 }
 
@@ -101,6 +99,10 @@ pub(super) struct Piece<'a, T> {
     /// The keys before the piece.
     pub window: WindowKeys<T>,
     pub codes: Vec<u32>,
+    /// u `[K]`, zeros without biases.
+    pub content_bias: Vec<T>,
+    /// w `[K]`, zeros without biases.
+    pub position_bias: Vec<T>,
     /// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. Empty without biases.
     pub relative_t: Array2<T>,
 }
@@ -111,8 +113,16 @@ impl<'a, T: Scalar> Piece<'a, T> {
             let falling = biases.relative.slice(s![..;-1, ..]);
             falling.t().as_standard_layout().into_owned()
         });
-        let codes = inputs.codes.to_vec();
-        Piece { attention, inputs, window, codes, relative_t: relative_t.unwrap_or_default() }
+        let zeros = || vec![T::zero(); inputs.q.ncols()];
+        Piece {
+            attention,
+            window,
+            codes: inputs.codes.to_vec(),
+            content_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.content.to_vec()),
+            position_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.position.to_vec()),
+            relative_t: relative_t.unwrap_or_default(),
+            inputs,
+        }
     }
 
     fn n_blocks(&self) -> usize {
@@ -167,16 +177,19 @@ impl<'a, T: Scalar> Piece<'a, T> {
 
     /// The values of the tile's carried rows.
     fn carried_values(&self, tile: &Tile) -> ArrayView2<'_, T> {
-        let (old, _) = tile.parts();
-        let hidden = self.window.codes.len() - tile.block.carried;
-        self.window.v.slice(s![hidden + old.start..hidden + old.end, ..])
+        self.window.v.slice(s![self.carried(tile), ..])
     }
 
     /// The keys of the tile's carried rows.
     pub(super) fn carried_keys(&self, tile: &Tile) -> ArrayView2<'_, T> {
+        self.window.k_hat.slice(s![self.carried(tile), ..])
+    }
+
+    /// Where the tile's carried rows are in the window.
+    fn carried(&self, tile: &Tile) -> Range<usize> {
         let (old, _) = tile.parts();
         let hidden = self.window.codes.len() - tile.block.carried;
-        self.window.k_hat.slice(s![hidden + old.start..hidden + old.end, ..])
+        hidden + old.start..hidden + old.end
     }
 
     /// ln N_s of the codes that a query reads through the cache; empty without one.

@@ -1,12 +1,13 @@
 //! What undoes formulas (3) to (1) of the module above.
 
-use ndarray::{Array2, Array3, ArrayView4, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, Array3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
 use super::{BatchBiasGradients, BatchGradients, BatchInputs, BatchSaved, fit, parts};
 use crate::Scalar;
+use crate::attention::VqAttention;
 use crate::attention::blockwise::{self, RowGradients, Tasks};
-use crate::attention::{Inputs, VqAttention};
+use crate::codebook::assign::KEYS_PER_TASK;
 use crate::codebook::{Estimator, commitment};
 use crate::ops::rows::all_finite;
 
@@ -15,9 +16,6 @@ const TASKS: usize = 8;
 
 /// Tokens of a part at least.
 const SEGMENT: usize = 512;
-
-/// Keys whose own gradients one task computes.
-const KEYS: usize = 1024;
 
 /// Backward on checked shapes; whether q, k, v and `d_out` are finite.
 pub(super) fn run<T: Scalar>(
@@ -59,19 +57,22 @@ pub(super) fn run<T: Scalar>(
             let (mut d_c, biases, finite) =
                 blockwise::run_backward(attention, &head, saved, d_out, rows, tasks); // (2)
             let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
-            estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut()); // (1)
-            let of_keys: Vec<bool> = d_k
-                .axis_chunks_iter_mut(Axis(0), KEYS)
+            estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut());
+            let finite_keys = d_k
+                .axis_chunks_iter_mut(Axis(0), KEYS_PER_TASK)
                 .into_par_iter()
                 .enumerate()
-                .map(|(i, d_k)| {
-                    let range = i * KEYS..i * KEYS + d_k.nrows();
+                .map(|(i, mut d_k)| {
+                    let start = i * KEYS_PER_TASK;
+                    let range = start..start + d_k.nrows();
                     let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range.clone()]));
                     let (keys, codes) = (keys.slice(s![range.clone(), ..]), head.codes.slice(s![range]));
-                    key_gradients(estimator, commit_scale, &head, (keys, codes, mask), d_k)
+                    estimator.key_backward(keys, codes, head.codewords, d_k.view_mut()); // (1)
+                    commitment::add_gradient(keys, codes, head.codewords, mask, commit_scale, d_k); // (3)
+                    all_finite(keys)
                 })
-                .collect();
-            (d_c, biases, of_keys.into_iter().fold(finite, |a, b| a & b))
+                .reduce(|| true, |a, b| a & b);
+            (d_c, biases, finite & finite_keys)
         })
         .collect();
     let mut finite = true;
@@ -88,20 +89,4 @@ pub(super) fn run<T: Scalar>(
         }
     }
     finite
-}
-
-type Keys<'a, T> =
-    (ndarray::ArrayView2<'a, T>, ndarray::ArrayView1<'a, u32>, Option<ndarray::ArrayView1<'a, bool>>);
-
-/// (1) and (3) for some keys: `d_k` comes as the gradient of quantized keys; whether the keys are finite.
-fn key_gradients<T: Scalar>(
-    estimator: Estimator,
-    commit_scale: T,
-    head: &Inputs<'_, T>,
-    (keys, codes, mask): Keys<'_, T>,
-    mut d_k: ArrayViewMut2<'_, T>,
-) -> bool {
-    estimator.key_backward(keys, codes, head.codewords, d_k.view_mut());
-    commitment::add_gradient(keys, codes, head.codewords, mask, commit_scale, d_k);
-    all_finite(keys)
 }

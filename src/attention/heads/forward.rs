@@ -7,15 +7,12 @@ use super::{BatchInputs, BatchOutput, fit, parts};
 use crate::Scalar;
 use crate::attention::blockwise::RowOutputs;
 use crate::attention::{AttentionState, Inputs, VqAttention};
-use crate::codebook::assign::assign_into;
+use crate::codebook::assign::{KEYS_PER_TASK, assign_into};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, commitment};
 
 /// One form of attention on one head, in at most so many parts at once; whether q and v are finite.
 type Form<T> = fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, RowOutputs<'_, T>, usize) -> bool;
-
-/// Keys that one task quantizes.
-const KEYS: usize = 1024;
 
 /// Forward on checked shapes; whether q, k and v are finite.
 pub(super) fn run<T: Scalar>(
@@ -32,25 +29,19 @@ pub(super) fn run<T: Scalar>(
     fit_rows(&mut output.codes, (b, h, t));
     fit_rows(&mut output.lse, (b, h, t));
     fit_rows(&mut output.cached_mass, (b, h, t));
-    let contiguous = "fitted";
-    let codes = output.codes.as_slice_mut().expect(contiguous);
+    let codes = output.codes.as_slice_mut().expect("fitted");
     let (errors, finite_keys) = quantize(inputs, table, codes);
     output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
     // (2)
     let codes = &output.codes;
-    let lse = output.lse.as_slice_mut().expect(contiguous).chunks_mut(t.max(1));
-    let cached_mass = output.cached_mass.as_slice_mut().expect(contiguous).chunks_mut(t.max(1));
-    let rows: Vec<_> = if t == 0 {
-        parts(&mut output.out)
-            .into_iter()
-            .map(|out| RowOutputs { out, lse: &mut [], cached_mass: &mut [] })
-            .collect()
-    } else {
-        let rows = parts(&mut output.out).into_iter().zip(lse).zip(cached_mass);
-        rows.map(|((out, lse), cached_mass)| RowOutputs { out, lse, cached_mass }).collect()
-    };
+    let numbers = output.lse.rows_mut().into_iter().zip(output.cached_mass.rows_mut());
+    let rows = parts(&mut output.out).into_iter().zip(numbers).map(|(out, (lse, cached_mass))| {
+        let [lse, cached_mass] = [lse, cached_mass].map(|row| row.into_slice().expect("fitted"));
+        RowOutputs { out, lse, cached_mass }
+    });
     let segments = segments(b * h, t);
     let finite = rows
+        .collect::<Vec<_>>()
         .into_par_iter()
         .zip(states.iter_mut().collect::<Vec<_>>())
         .enumerate()
@@ -77,9 +68,12 @@ fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mu
     let of_heads: Vec<(f64, bool)> = codes
         .par_chunks_mut(t.max(1))
         .enumerate()
-        .flat_map(|(n, codes)| codes.par_chunks_mut(KEYS).enumerate().map(move |(i, codes)| (n, i, codes)))
+        .flat_map(|(n, codes)| {
+            codes.par_chunks_mut(KEYS_PER_TASK).enumerate().map(move |(i, codes)| (n, i, codes))
+        })
         .map(|(n, i, codes)| {
-            let range = i * KEYS..i * KEYS + codes.len();
+            let start = i * KEYS_PER_TASK;
+            let range = start..start + codes.len();
             let keys = inputs.k.slice(s![n / h, n % h, range.clone(), ..]);
             let finite = assign_into(&table.packed[n % h], keys, codes);
             let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range]));

@@ -143,7 +143,7 @@ impl VqAttention {
     /// shape are replaced. Large arrays that come fresh from the system cost a tenth of the time.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); what `output` then holds is undefined.
+    /// As [`forward`](Self::forward); what `output` then holds is unspecified.
     pub fn forward_into<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
@@ -226,7 +226,7 @@ impl VqAttention {
     /// [`backward`](Self::backward) into arrays that the caller keeps, as [`forward_into`](Self::forward_into) does.
     ///
     /// # Errors
-    /// As [`backward`](Self::backward); what `gradients` then holds is undefined.
+    /// As [`backward`](Self::backward); what `gradients` then holds is unspecified.
     pub fn backward_into<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,

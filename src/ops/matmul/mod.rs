@@ -1,8 +1,8 @@
 //! C <- beta C + alpha A B, for matrices of any strides.
 //!
 //! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`tile`] it reads
-//! operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that depend on shapes alone, so that results keep their bits at any
-//! number of threads.
+//! operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that
+//! depend on shapes alone, so that results keep their bits at any number of threads.
 //!
 //! Cost: 2 m n k operations.
 
@@ -139,23 +139,24 @@ mod tests {
             // Integers: every sum is exact, so equality is exact. Views: transposed, strided, reversed.
             let a_t = numbers(k, m, 1);
             let b_wide = numbers(k, 2 * n, 2);
-            let b = b_wide.slice(s![.., ..;2]);
-            let a = a_t.t();
-            let a_back = a.slice(s![..;-1, ..]);
-            for a in [a, a_back] {
-                let mut expected = Array2::zeros((m, n));
-                naive(a, b, &mut expected);
-                let mut c = Array2::from_elem((m, n), f64::NAN);
-                product(a, b, c.view_mut());
-                assert_eq!(c, expected);
-                assert_eq!(parallel_product(a, b), expected);
-                naive(a, b, &mut expected);
-                add_product(a, b, c.view_mut());
-                assert_eq!(c, expected);
-                let mut c = Array2::from_elem((n, m), f64::NAN);
-                product(a, b, c.view_mut().reversed_axes());
-                parallel_add_product(a, b, c.view_mut().reversed_axes());
-                assert_eq!(c.t(), expected);
+            for b in [b_wide.slice(s![.., ..;2]), b_wide.slice(s![.., ..n])] {
+                let a = a_t.t();
+                let a_back = a.slice(s![..;-1, ..]);
+                for a in [a, a_back] {
+                    let mut expected = Array2::zeros((m, n));
+                    naive(a, b, &mut expected);
+                    let mut c = Array2::from_elem((m, n), f64::NAN);
+                    product(a, b, c.view_mut());
+                    assert_eq!(c, expected);
+                    assert_eq!(parallel_product(a, b), expected);
+                    naive(a, b, &mut expected);
+                    add_product(a, b, c.view_mut());
+                    assert_eq!(c, expected);
+                    let mut c = Array2::from_elem((n, m), f64::NAN);
+                    product(a, b, c.view_mut().reversed_axes());
+                    parallel_add_product(a, b, c.view_mut().reversed_axes());
+                    assert_eq!(c.t(), expected);
+                }
             }
         }
     }

@@ -12,14 +12,12 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
 use super::tile::{DEPTH, Operands, VECTORS, all_rows};
 use crate::Scalar;
-use crate::ops::simd::level;
+use crate::ops::simd::{Aligned, LINE, level};
 
 /// A matrix [rows, columns] in panels.
 #[derive(Debug)]
 pub(crate) struct PackedRows<T> {
-    elements: Vec<T>,
-    /// Elements before the first panel, so that rows of panels begin on cache lines.
-    first: usize,
+    elements: Aligned<T>,
     rows: usize,
     columns: usize,
     /// w, as many as two registers hold.
@@ -34,11 +32,9 @@ impl<T: Scalar> PackedRows<T> {
     pub fn zeros(rows: usize, columns: usize) -> Self {
         let level = level();
         let width = dispatch!(level, simd => width::<_, T>(simd));
-        let line = 64 / size_of::<T>();
-        let panel = rows * width + line;
-        let elements = vec![T::zero(); columns.div_ceil(width) * panel + line];
-        let first = elements.as_ptr().align_offset(64).min(line);
-        PackedRows { elements, first, rows, columns, width, panel, level }
+        let panel = rows * width + LINE / size_of::<T>();
+        let elements = Aligned::zeros(columns.div_ceil(width) * panel);
+        PackedRows { elements, rows, columns, width, panel, level }
     }
 
     pub fn rows(&self) -> usize {
@@ -51,7 +47,7 @@ impl<T: Scalar> PackedRows<T> {
     /// `x` [columns], of any stride.
     pub fn set(&mut self, row: usize, x: ArrayView1<'_, T>) {
         debug_assert!(row < self.rows && x.len() == self.columns);
-        let start = self.first + row * self.width;
+        let start = row * self.width;
         match x.to_slice() {
             Some(x) => {
                 for (n, x) in x.chunks(self.width).enumerate() {
@@ -81,8 +77,7 @@ impl<T: Scalar> PackedRows<T> {
         }
         if c.strides()[1] != 1 && self.columns > 1 {
             // No tile can store there.
-            let mut rows = c.to_owned();
-            rows = rows.as_standard_layout().into_owned();
+            let mut rows = c.as_standard_layout().into_owned();
             self.product(a, from, rows.view_mut(), add);
             c.assign(&rows);
             return;
@@ -91,7 +86,7 @@ impl<T: Scalar> PackedRows<T> {
             a: a.as_ptr(),
             a_row: a.strides()[0],
             a_column: a.strides()[1],
-            b: self.elements[self.first + from * self.width..].as_ptr(),
+            b: self.elements[from * self.width..].as_ptr(),
             b_row: self.width as isize,
             c: c.as_mut_ptr(),
             c_row: c.strides()[0],

@@ -1,4 +1,4 @@
-//! The product of operands that lie as a register tile reads them: no packing, no buffers.
+//! The product of operands that lie as a register tile reads them, or nearly so.
 //!
 //! ```text
 //! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
@@ -13,8 +13,10 @@
 //!
 //! A library copies both operands into the order of that loop first. Attention's operands lie in it from the start (a row of
 //! scores, a row of codewords, a row of values), and its products are so small that the copies cost a tenth of the time.
-//! R is 8 with 32 vector registers (AVX-512, NEON), 4 with 16. Each element of C is one sum in the order of p, wherever the
-//! cuts fall: a row or a column has the same bits in a product of any size.
+//! Only rows of B that lie far apart are copied, 256 at a time. R is 8 with 32 vector registers (AVX-512, NEON), 4 with 16.
+//!
+//! An element of C is the sum, in order, of sums over 256 p each, wherever the cuts into tiles fall: a row or a column has the same
+//! bits in a product of any size that is done here.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -27,7 +29,7 @@ use crate::Scalar;
 /// Vectors of a tile's row.
 pub(super) const VECTORS: usize = 2;
 
-/// Rows of B that are packed together: 32 KB of them with the widest registers, a first-level cache.
+/// Rows of B that meet C together: with the widest registers a panel of them is 32 KB, a first-level cache.
 pub(super) const DEPTH: usize = 256;
 
 /// Pointers and strides, in elements, of operands whose extents have been checked.
@@ -107,9 +109,8 @@ unsafe fn tiles<S: Simd, T: Scalar>(
             left => (1, lanes - left),
         };
         let start = (column - done) as isize;
-        let depth = if packs { DEPTH } else { k };
-        for p in (0..k).step_by(depth) {
-            let depth = depth.min(k - p);
+        for p in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - p);
             // SAFETY: p + depth <= k, and start + the columns of a tile <= n.
             let panel = unsafe {
                 Operands {
@@ -251,4 +252,88 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
         }
     }
     R
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, s};
+
+    use super::*;
+    use crate::ops::simd::levels;
+
+    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| {
+            T::from_f64(((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
+        })
+    }
+
+    /// Integers: every sum is exact, so equality is exact. C lies inside a larger array of NaN.
+    fn tiles_equal_the_definition<T: Scalar>(level: Level) {
+        let lanes = dispatch!(level, simd => lanes::<_, T>(simd));
+        for (m, k) in [(1, 1), (2, 7), (3, 300), (7, 5), (8, 256), (15, 257), (17, 3), (40, 600)] {
+            for n in [lanes, lanes + 1, 2 * lanes, 2 * lanes + 3, 3 * lanes - 1, 5 * lanes] {
+                // Rows of B beside each other, and so far apart that they are packed; falling too.
+                for wide in [n, n + 200] {
+                    let (a, b) = (numbers::<T>(m, 2 * k, 1), numbers::<T>(k, wide, 2));
+                    let b = b.slice(s![.., wide - n..]);
+                    let a_t = a.slice(s![.., ..k]).t().to_owned();
+                    let falling = [a.slice(s![.., ..k;-1]), a.slice(s![.., ..;2]), a_t.t()];
+                    for (a, b) in falling.into_iter().flat_map(|a| [(a, b), (a, b.slice_move(s![..;-1, ..]))])
+                    {
+                        let expected = a.dot(&b);
+                        let mut around = Array2::from_elem((m + 2, n + 2), T::nan());
+                        for times in 1..=2 {
+                            let c = around.slice_mut(s![1..=m, 1..=n]);
+                            assert!(product(level, a, b, c, times > 1), "{m} {n} {k}");
+                            let c = around.slice(s![1..=m, 1..=n]);
+                            assert_eq!(c, &expected * T::from_f64(times.into()), "{m} {n} {k} {level:?}");
+                        }
+                        let inside = around.iter().filter(|c| !c.is_nan()).count();
+                        assert_eq!(inside, m * n, "outside of C: {m} {n} {k} {level:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn lanes<S: Simd, T: Scalar>(_: S) -> usize {
+        T::Vector::<S>::LEN
+    }
+
+    #[test]
+    fn tiles_of_every_size_layout_and_level_equal_the_definition() {
+        for level in levels() {
+            tiles_equal_the_definition::<f32>(level);
+            tiles_equal_the_definition::<f64>(level);
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_a_product_of_any_size() {
+        let a = Array2::from_shape_fn((40, 700), |(i, p)| ((i * 700 + p) as f32).sin());
+        let b = Array2::from_shape_fn((700, 300), |(p, j)| ((p * 300 + j) as f32).cos());
+        for level in levels() {
+            let mut whole = Array2::zeros((40, 300));
+            assert!(product(level, a.view(), b.view(), whole.view_mut(), false));
+            for (rows, columns) in [(0..1, 0..300), (3..20, 0..64), (7..11, 5..21), (0..40, 30..263)] {
+                let mut part = Array2::zeros((rows.len(), columns.len()));
+                let (a, b) = (a.slice(s![rows.clone(), ..]), b.slice(s![.., columns.clone()]));
+                assert!(product(level, a, b, part.view_mut(), false));
+                assert_eq!(part, whole.slice(s![rows, columns]));
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_tile_can_do_is_left_alone() {
+        let (a, b) = (numbers::<f32>(3, 4, 1), numbers::<f32>(4, 40, 2));
+        let mut c = Array2::from_elem((3, 1), f32::NAN);
+        assert!(!product(levels()[0], a.view(), b.slice(s![.., ..1]), c.view_mut(), false));
+        let mut c_t = Array2::from_elem((40, 3), f32::NAN);
+        assert!(!product(levels()[0], a.view(), b.view(), c_t.view_mut().reversed_axes(), false));
+        let b_t = b.t().to_owned();
+        let mut c_all = Array2::from_elem((3, 40), f32::NAN);
+        assert!(!product(levels()[0], a.view(), b_t.t(), c_all.view_mut(), false));
+        assert!(c.iter().chain(&c_t).chain(&c_all).all(|c| c.is_nan()));
+    }
 }
