@@ -276,7 +276,7 @@ mod tests {
                 for wide in [n, n + 200] {
                     let (a, b) = (numbers::<T>(m, 2 * k, 1), numbers::<T>(k, wide, 2));
                     let b = b.slice(s![.., wide - n..]);
-                    let a_t = a.slice(s![.., ..k]).t().to_owned();
+                    let a_t = a.slice(s![.., ..k]).t().as_standard_layout().into_owned();
                     let falling = [a.slice(s![.., ..k;-1]), a.slice(s![.., ..;2]), a_t.t()];
                     for (a, b) in falling.into_iter().flat_map(|a| [(a, b), (a, b.slice_move(s![..;-1, ..]))])
                     {
@@ -331,7 +331,7 @@ mod tests {
         assert!(!product(levels()[0], a.view(), b.slice(s![.., ..1]), c.view_mut(), false));
         let mut c_t = Array2::from_elem((40, 3), f32::NAN);
         assert!(!product(levels()[0], a.view(), b.view(), c_t.view_mut().reversed_axes(), false));
-        let b_t = b.t().to_owned();
+        let b_t = b.t().as_standard_layout().into_owned();
         let mut c_all = Array2::from_elem((3, 40), f32::NAN);
         assert!(!product(levels()[0], a.view(), b_t.t(), c_all.view_mut(), false));
         assert!(c.iter().chain(&c_t).chain(&c_all).all(|c| c.is_nan()));
