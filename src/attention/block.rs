@@ -40,11 +40,6 @@ impl Block {
         }
     }
 
-    /// Positions of this block's queries in the piece.
-    pub fn queries(&self) -> Range<usize> {
-        self.start..self.start + self.len
-    }
-
     /// Queries before the one at which row `r` is the key itself; negative for keys before the block.
     fn lead(&self, r: usize) -> isize {
         (self.first_key + r) as isize - (self.carried + self.start) as isize

@@ -17,7 +17,7 @@
 //! Counts are integers. Tokens enter one at a time in the order of positions, so the cache is the same bits wherever a
 //! sequence was cut into blocks and pieces.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
 use crate::error::{check_finite, check_shape};
 use crate::ops::simd::on_best_simd;
@@ -75,17 +75,14 @@ impl<T: Scalar> CompressiveCache<T> {
 
     /// Adds one token (formulas 1 and 2).
     pub(crate) fn push(&mut self, code: u32, value: ArrayView1<'_, T>) {
-        let s = code as usize;
-        self.count[s] += 1;
-        let share = T::one() / T::from_f64(self.count[s] as f64);
-        let (mut mean, mut residual) = (self.mean.row_mut(s), self.residual.row_mut(s));
-        let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
-        if let (Some(mean), Some(residual), Some(value)) = rows {
-            on_best_simd!(move_mean(mean, residual, value, share));
-        } else {
-            let row = mean.iter_mut().zip(residual.iter_mut()).zip(value);
-            row.for_each(|((mean, residual), &v)| move_element(mean, residual, v, share));
-        }
+        self.push_rows(&[code], value.insert_axis(Axis(0)));
+    }
+
+    /// Adds tokens in their order, values [T, V].
+    pub(crate) fn push_rows(&mut self, codes: &[u32], values: ArrayView2<'_, T>) {
+        debug_assert_eq!(values.dim(), (codes.len(), self.mean.ncols()));
+        let state = (self.mean.view_mut(), self.residual.view_mut());
+        on_best_simd!(push_rows(state, &mut self.count, codes, values));
     }
 
     /// Adds the tokens of another cache: the cache of the union of two stretches of a sequence.
@@ -121,9 +118,39 @@ impl<T: Scalar> CompressiveCache<T> {
         self.count.iter().map(|&n| T::from_f64((n as f64).ln())).collect()
     }
 
+    /// Brings [`log_counts`](Self::log_counts) up to date after tokens of these codes were added.
+    pub(crate) fn update_log_counts(&self, codes: impl Iterator<Item = u32>, log_counts: &mut [T]) {
+        for code in codes {
+            log_counts[code as usize] = T::from_f64((self.count[code as usize] as f64).ln());
+        }
+    }
+
     /// Bytes of memory.
     pub(crate) fn size_in_bytes(&self) -> usize {
         2 * size_of_val(self.mean.as_slice().unwrap_or_default()) + 8 * self.count.len()
+    }
+}
+
+#[inline(always)]
+fn push_rows<T: Scalar>(
+    (mut means, mut residuals): (ArrayViewMut2<'_, T>, ArrayViewMut2<'_, T>),
+    counts: &mut Array1<u64>,
+    codes: &[u32],
+    values: ArrayView2<'_, T>,
+) {
+    for (&code, value) in codes.iter().zip(values.rows()) {
+        let s = code as usize;
+        counts[s] += 1; // (1)
+        let share = T::one() / T::from_f64(counts[s] as f64);
+        let (mut mean, mut residual) = (means.row_mut(s), residuals.row_mut(s));
+        let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
+        if let (Some(mean), Some(residual), Some(value)) = rows {
+            move_mean(mean, residual, value, share);
+        } else {
+            for ((mean, residual), &v) in mean.iter_mut().zip(&mut residual).zip(value) {
+                move_element(mean, residual, v, share);
+            }
+        }
     }
 }
 

@@ -16,11 +16,27 @@ pub(super) fn add<T: Scalar>(a: &[T], b: &[T], sum: &mut [T]) {
     }
 }
 
-/// `row <- factor row`.
+/// `row <- factor row`; adds 0 to `nothing`, but NaN where a number is not finite.
 #[inline(always)]
-pub(super) fn scale<T: Scalar>(row: &mut [T], factor: T) {
-    for x in row {
+pub(super) fn scale<T: Scalar>(row: &mut [T], factor: T, nothing: &mut Row<T>) {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (x, nothing) in chunk.iter_mut().zip(&mut *nothing) {
+            *x *= factor;
+            *nothing += *x * T::zero();
+        }
+    }
+    for (x, nothing) in rest.iter_mut().zip(nothing) {
         *x *= factor;
+        *nothing += *x * T::zero();
+    }
+}
+
+/// `sum <- sum + a`.
+#[inline(always)]
+pub(super) fn add_to<T: Scalar>(a: &[T], sum: &mut [T]) {
+    for (sum, &a) in sum.iter_mut().zip(a) {
+        *sum += a;
     }
 }
 
@@ -44,14 +60,9 @@ pub(super) fn softmax<S: Simd, T: Scalar>(
     recent: &mut [Row<T>],
 ) -> [Row<T>; 3] {
     let mut max = [T::neg_infinity(); LANES];
-    for (row, &log_count) in content.iter_mut().zip(log_counts) {
-        for score in row {
-            *score += log_count;
-        }
-    }
-    raise(simd, content, &mut max);
-    raise(simd, recent, &mut max);
-    let cached = exponentiate(simd, content, &[], &max);
+    raise(simd, content, log_counts, &mut max);
+    raise(simd, recent, &[], &mut max);
+    let cached = exponentiate(simd, content, log_counts, &max);
     let mut sum = exponentiate(simd, recent, &[], &max);
     for (sum, &cached) in sum.iter_mut().zip(&cached) {
         *sum += cached;
@@ -59,17 +70,18 @@ pub(super) fn softmax<S: Simd, T: Scalar>(
     [max, cached, sum]
 }
 
-/// `max <- max(max, rows)`. Maxima stay in registers, which a compiler does not see by itself.
+/// `max <- max(max, rows + terms)`, one term per row or none. Maxima stay in registers, which a compiler does not see by itself.
 #[inline(always)]
-fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], max: &mut Row<T>) {
+fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], terms: &[T], max: &mut Row<T>) {
     const TOGETHER: usize = 4;
     let lanes = T::Vector::<S>::LEN;
     let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);
     for first in (0..LANES).step_by(TOGETHER * lanes) {
         let mut highest: [_; TOGETHER] = std::array::from_fn(|j| load(max, first + j * lanes));
-        for row in rows {
+        for (r, row) in rows.iter().enumerate() {
+            let term = T::Vector::<S>::splat(simd, terms.get(r).copied().unwrap_or(T::zero()));
             for (j, highest) in highest.iter_mut().enumerate() {
-                *highest = highest.max(load(row, first + j * lanes));
+                *highest = highest.max(load(row, first + j * lanes) + term);
             }
         }
         for (j, highest) in highest.iter().enumerate() {

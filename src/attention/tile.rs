@@ -19,7 +19,8 @@ use super::blockwise::Piece;
 use super::kernels::{add, exponentiate, scatter, score_gradients, softmax};
 use super::skew;
 use crate::Scalar;
-use crate::ops::matmul::product;
+use crate::ops::matmul::{Triangle, product};
+use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 
@@ -100,14 +101,17 @@ impl<T: Scalar> Scores<T> {
         for (row, &code) in recent[old.len()..].iter_mut().zip(&piece.codes[keys]) {
             *row = self.content[code as usize];
         }
-        if piece.inputs.biases.is_some() {
+        if let Some(relative_t) = &piece.relative_t {
             let q = piece.inputs.q.slice(s![tile.queries(), ..]);
             load(q, &piece.position_bias, &mut self.q_position);
             let q_position = self.q_position.slice(s![..tile.len, ..]);
-            product(q_position, piece.relative_t.view(), skew::inside_mut(&mut self.bias, tile.len));
+            let bias = skew::inside_mut(&mut self.bias, tile.len);
+            relative_t.product((q_position, Triangle::Full), 0, bias, false);
             skew::add(tile, &self.bias, recent);
         }
-        for (row, r) in recent.iter_mut().zip(tile.rows.clone()) {
+        // With a cache, only the tile's own keys are hidden from some of its queries.
+        let whole = if tile.block.cache { recent.len() - tile.len } else { 0 };
+        for (row, r) in recent[whole..].iter_mut().zip(tile.rows.start + whole..) {
             let seen = tile.seen(r);
             row[..seen.start].fill(T::neg_infinity());
             row[seen.end..].fill(T::neg_infinity());
@@ -128,6 +132,11 @@ impl<T: Scalar> Scores<T> {
     /// (3) for recent keys.
     pub fn exponentiate_recent(&mut self, tile: &Tile, shift: &Row<T>) {
         on_best_simd!(simd => exponentiate(simd, &mut self.recent[..tile.rows.len()], &[], shift));
+    }
+
+    /// Whether the tile's queries are finite.
+    pub fn finite(&self, tile: &Tile) -> bool {
+        all_finite(self.q_content(tile))
     }
 
     /// Scores or p of recent keys, one per row of the tile.

@@ -38,7 +38,7 @@ use rayon::prelude::*;
 
 use super::packed::PackedCodewords;
 use crate::error::{check_finite, check_shape, checked_len};
-use crate::ops::matmul::product;
+use crate::ops::matmul::{prefetch, product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 use crate::{Error, Scalar};
@@ -189,7 +189,10 @@ pub(crate) fn assign_into<T: Scalar>(
     let mut keys_t = Rows::zeros(keys.ncols());
     let mut products = Rows::zeros(n_codes);
     let mut finite = true;
+    let mut rest = keys;
     for (keys, codes) in keys.axis_chunks_iter(Axis(0), LANES).zip(codes.chunks_mut(LANES)) {
+        rest = rest.slice_move(s![keys.nrows().., ..]);
+        prefetch(rest.slice(s![..rest.nrows().min(LANES), ..]));
         transpose(keys, &mut keys_t);
         let columns: ArrayView2<'_, T> = (&*keys_t).into(); // [K, 64]
         product(codewords.centred.view(), columns, (&mut *products).into()); // [S, 64]

@@ -5,14 +5,15 @@ use std::ops::Range;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{Piece, Saved, Segment};
+use super::{Piece, Running, Saved, Segment};
 use crate::Scalar;
 use crate::attention::block::Tile;
+use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, Inputs, VqAttention};
-use crate::ops::matmul::{add_product, product};
+use crate::ops::matmul::{Triangle, add_product, prefetch, product, triangle_product};
 use crate::ops::rows::all_finite;
-use crate::ops::simd::{LANES, Row, Rows};
+use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 
 /// Where the gradients of rows go; what the buffers hold does not matter.
@@ -127,7 +128,8 @@ fn run_segment<T: Scalar>(
 ) -> SegmentGradients<T> {
     let (attention, inputs) = (piece.attention, &piece.inputs);
     let first = segment.queries(piece).start;
-    let Segment { blocks, mut cache, mut entered } = segment;
+    let Segment { blocks, cache, entered } = segment;
+    let mut past = Running::new(piece, cache, entered);
     let reaches = if attention.gradient_through_cache { attention.window.min(first) } else { 0 };
     let mut sums = SegmentGradients::zeros(piece, reaches);
     let mut scores = Scores::new(piece);
@@ -135,39 +137,35 @@ fn run_segment<T: Scalar>(
     let mut d_out_t = Rows::zeros(d_out.ncols());
     let mut d_q_position = Array2::zeros((LANES, inputs.q.ncols()));
     for block in blocks.map(|n| piece.block(n)) {
-        piece.enter(&block, &mut entered, &mut cache);
-        let own = block.start - first..block.start + block.len - first;
-        rows.k_hat.slice_mut(s![own.clone(), ..]).fill(T::zero());
-        rows.v.slice_mut(s![own, ..]).fill(T::zero());
-        for x in [inputs.q, inputs.v, d_out] {
-            sums.finite &= all_finite(x.slice(s![block.queries(), ..]));
-        }
-        let log_counts = piece.log_counts(&cache);
+        past.enter(piece, &block);
         // The first key that receives gradient.
         let reached = if attention.gradient_through_cache { block.first_key } else { block.start };
         for tile in block.tiles() {
+            piece.prefetch(&tile);
+            let next = tile.queries().end..d_out.nrows().min(tile.queries().end + LANES);
+            prefetch(d_out.slice(s![next, ..]));
             let d_out = d_out.slice(s![tile.queries(), ..]);
             transpose(d_out, &mut d_out_t);
             scores.fill_content(piece, &tile);
             scores.fill_recent(piece, &tile);
             let shift = lanes(lse, &tile);
-            scores.exponentiate_cached(&log_counts, &shift);
+            scores.exponentiate_cached(&past.log_counts, &shift);
             scores.exponentiate_recent(&tile, &shift);
 
             // (3)
             let (old, keys) = tile.parts();
             if attention.cache {
-                product(cache.mean(), view(&d_out_t), view_mut(&mut d_scores.content));
+                product(past.cache.mean(), view(&d_out_t), view_mut(&mut d_scores.content));
             }
             let (d_old, d_new) = d_scores.recent_mut(&tile).split_at_mut(old.len());
             product(piece.carried_values(&tile), view(&d_out_t), view_mut(d_old));
-            product(inputs.v.slice(s![keys.clone(), ..]), view(&d_out_t), view_mut(d_new));
+            values_product(inputs.v.slice(s![keys.clone(), ..]), &d_out_t, d_new, tile.len);
             let seen = reached.clamp(keys.start, keys.end)..keys.end;
             let p = view(&scores.recent(&tile)[old.len() + seen.start - keys.start..]);
             let p = p.slice_move(s![.., ..tile.len]);
             add_to_keys(p, d_out, seen.clone(), first, &mut sums.v_before, &mut rows.v);
 
-            d_scores.softmax_backward(&scores, &tile, log_counts.len()); // (2)
+            d_scores.softmax_backward(&scores, &tile, past.log_counts.len()); // (2)
 
             // (1)
             let q_content = scores.q_content(&tile);
@@ -186,6 +184,7 @@ fn run_segment<T: Scalar>(
             product(d_content.t(), inputs.codewords, d_q.view_mut());
             let d_old = view(&d_scores.recent(&tile)[..old.len()]).slice_move(s![.., ..tile.len]);
             add_product(d_old.t(), piece.carried_keys(&tile), d_q.view_mut());
+            sums.finite &= scores.finite(&tile) && all_finite(d_q.view());
             if let (Some(biases), Some(d_biases)) = (&inputs.biases, &mut sums.biases) {
                 d_biases.content += &d_q.sum_axis(Axis(0));
                 let d_bias = d_scores.bias(&tile);
@@ -201,7 +200,8 @@ fn run_segment<T: Scalar>(
     sums
 }
 
-/// Adds A B to the rows of keys `keys`: those from `first` on to `own`, those before it to the last rows of `before`.
+/// Adds A B to the rows of keys `keys`: those from `first` on to `own`, those before it to the last rows of `before`. The last
+/// keys are the queries' own, whose rows begin here: they are written.
 fn add_to_keys<T: Scalar>(
     a: ArrayView2<'_, T>,
     b: ArrayView2<'_, T>,
@@ -210,16 +210,31 @@ fn add_to_keys<T: Scalar>(
     before: &mut Array2<T>,
     own: &mut ArrayViewMut2<'_, T>,
 ) {
-    let cut = first.clamp(keys.start, keys.end);
-    let (a_before, a_own) = a.split_at(Axis(0), cut - keys.start);
-    if !a_before.is_empty() {
+    // Keys before the segment, keys before the queries, and the queries' own.
+    let (cut, diagonal) = (first.clamp(keys.start, keys.end), keys.end - b.nrows());
+    let part = |from: usize, to: usize| a.slice_move(s![from - keys.start..to - keys.start, ..]);
+    if keys.start < cut {
         let row = |key: usize| before.nrows() + key - first;
         let rows = row(keys.start)..row(cut);
-        add_product(a_before, b, before.slice_mut(s![rows, ..]));
+        add_product(part(keys.start, cut), b, before.slice_mut(s![rows, ..]));
     }
-    if !a_own.is_empty() {
-        add_product(a_own, b, own.slice_mut(s![cut - first..keys.end - first, ..]));
+    if cut < diagonal {
+        add_product(part(cut, diagonal), b, own.slice_mut(s![cut - first..diagonal - first, ..]));
     }
+    let a = (part(diagonal, keys.end), Triangle::Upper);
+    // The first tile that sees a key is its own.
+    triangle_product(a, b, own.slice_mut(s![diagonal - first..keys.end - first, ..]), false);
+}
+
+/// d_p <- v d_o^T, of the keys' values and the queries' gradients. The last keys are the queries' own, which earlier queries do
+/// not see: what is left of some of these pairs is whatever was there.
+fn values_product<T: Scalar>(v: ArrayView2<'_, T>, d_out_t: &[Row<T>], d_p: &mut [Row<T>], queries: usize) {
+    const HALF: usize = LANES / 2;
+    let late = if queries == LANES { v.nrows() - HALF } else { v.nrows() };
+    let (v, v_late) = v.split_at(Axis(0), late);
+    let (d_p, d_p_late) = d_p.split_at_mut(late);
+    product(v, view(d_out_t), view_mut(d_p));
+    product(v_late, view(d_out_t).slice_move(s![.., HALF..]), view_mut(d_p_late).slice_move(s![.., HALF..]));
 }
 
 /// The tile's part of one number per query.
@@ -261,6 +276,9 @@ fn cached_values<T: Scalar>(
     });
 }
 
+/// How many keys before its turn a row is asked for.
+const AHEAD: usize = 8;
+
 /// (4) for the keys of some codes: their positions and the gradients of their values.
 fn cached_values_of<T: Scalar>(
     piece: &Piece<'_, T>,
@@ -279,7 +297,10 @@ fn cached_values_of<T: Scalar>(
         // A code without keys is kept out; its exponential could overflow.
         let gate = |&n: &u64| if n > 0 { T::zero() } else { T::neg_infinity() };
         let gates: Vec<T> = counts.iter().map(gate).collect();
-        for tile in block.tiles() {
+        for tile in block.tiles().rev() {
+            let earlier = tile.queries().start.saturating_sub(LANES)..tile.queries().start;
+            prefetch(piece.inputs.q.slice(s![earlier.clone(), ..]));
+            prefetch(d_out.slice(s![earlier, ..]));
             scores.fill_content(piece, &tile);
             scores.exponentiate_cached(&gates, &lanes(lse, &tile));
             let p = view(&scores.content).slice_move(s![.., ..tile.len]);
@@ -287,8 +308,14 @@ fn cached_values_of<T: Scalar>(
         }
         let entered = block.first_key.saturating_sub(piece.attention.block_len);
         while let Some((j, mut d_v)) = keys.pop_if(|(j, _)| *j >= entered) {
+            if let Some((_, next)) = keys.len().checked_sub(AHEAD).map(|n| &keys[n]) {
+                prefetch(next.view().insert_axis(Axis(0)));
+            }
             let code = piece.codes[j] as usize - first;
-            d_v += &g.row(code);
+            match (d_v.as_slice_mut(), g.row(code).to_slice()) {
+                (Some(d_v), Some(g)) => on_best_simd!(add_to(g, d_v)),
+                _ => d_v += &g.row(code),
+            }
             counts[code] -= 1;
         }
     }

@@ -5,15 +5,14 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{Piece, Segment};
+use super::{Piece, Running, Segment};
 use crate::Scalar;
 use crate::attention::block::Block;
 use crate::attention::kernels::scale;
 use crate::attention::tile::{Scores, view};
 use crate::attention::{AttentionState, CompressiveCache, Inputs, VqAttention};
-use crate::ops::matmul::{PackedRows, add_product};
-use crate::ops::rows::all_finite;
-use crate::ops::simd::on_best_simd;
+use crate::ops::matmul::{PackedRows, Triangle, add_product, prefetch};
+use crate::ops::simd::{LANES, Row, on_best_simd};
 
 /// Where outputs go: an output and two numbers per query. What the buffers hold does not matter.
 #[derive(Debug)]
@@ -83,48 +82,60 @@ fn run_segment<T: Scalar>(
     mut rows: RowOutputs<'_, T>,
 ) -> (bool, CompressiveCache<T>, usize) {
     let first = segment.queries(piece).start;
-    let Segment { blocks, mut cache, mut entered } = segment;
+    let Segment { blocks, cache, entered } = segment;
+    let mut past = Running::new(piece, cache, entered);
     let mut scores = Scores::new(piece);
-    let mut values = Values::new(piece, &piece.block(blocks.start), &cache);
+    let mut values = Values::new(piece, &piece.block(blocks.start), &past.cache);
     let mut finite = true;
     for block in blocks.map(|n| piece.block(n)) {
-        let before = entered;
-        piece.enter(&block, &mut entered, &mut cache); // (4)
-        values.enter(piece, &block, before..entered, &cache);
-        finite &= all_finite(piece.inputs.q.slice(s![block.queries(), ..]));
-        finite &= all_finite(piece.inputs.v.slice(s![block.queries(), ..]));
-        let log_counts = piece.log_counts(&cache);
+        let entered = past.enter(piece, &block); // (4)
+        values.update_means(piece, entered, &past.cache);
         for tile in block.tiles() {
+            let queries = tile.queries().start - first..tile.queries().end - first;
+            piece.prefetch(&tile);
+            prefetch(rows.out.slice(s![queries.clone(), ..]));
+            values.take(piece, tile.queries().end);
             scores.fill_content(piece, &tile); // (1)
             scores.fill_recent(piece, &tile);
-            let [max, cached, sum] = scores.softmax(&tile, &log_counts);
-            let queries = tile.queries().start - first..tile.queries().end - first;
+            let [max, cached, sum] = scores.softmax(&tile, &past.log_counts);
             for (i, row) in queries.clone().enumerate() {
                 rows.lse[row] = max[i] + sum[i].ln(); // (2)
                 rows.cached_mass[row] = cached[i] / sum[i];
+                finite &= rows.lse[row].is_finite();
             }
             let mut out = rows.out.slice_mut(s![queries, ..]);
             let (old, keys) = tile.parts();
             let (p_old, p_new) = scores.recent(&tile).split_at(old.len());
-            values.product(view(p_new).slice(s![.., ..tile.len]).t(), keys, out.view_mut()); // (3)
+            values.product(view(p_new).slice(s![.., ..tile.len]), keys, out.view_mut()); // (3)
             let p_old = view(p_old).slice_move(s![.., ..tile.len]);
             add_product(p_old.t(), piece.carried_values(&tile), out.view_mut());
             if piece.attention.cache {
                 let p = view(&scores.content).slice_move(s![.., ..tile.len]);
                 match &values.mean {
-                    Some(mean) => mean.product(p.t(), 0, out.view_mut(), true),
-                    None => add_product(p.t(), cache.mean(), out.view_mut()),
+                    Some(mean) => mean.product((p.t(), Triangle::Full), 0, out.view_mut(), true),
+                    None => add_product(p.t(), past.cache.mean(), out.view_mut()),
                 }
             }
-            for (mut row, &sum) in out.rows_mut().into_iter().zip(&sum) {
-                match row.as_slice_mut() {
-                    Some(row) => on_best_simd!(scale(row, T::one() / sum)),
-                    None => row *= T::one() / sum,
-                }
-            }
+            finite &= normalize(out, &sum);
         }
     }
-    (finite, cache, entered)
+    (finite, past.cache, past.entered)
+}
+
+/// Divides each row by its sum; whether all of it is finite. A query or a value that is not makes a row that is not: every
+/// query sees its own key.
+fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, sums: &Row<T>) -> bool {
+    let mut nothing = [T::zero(); LANES];
+    for (mut row, &sum) in out.rows_mut().into_iter().zip(sums) {
+        match row.as_slice_mut() {
+            Some(row) => on_best_simd!(scale(row, T::one() / sum, &mut nothing)),
+            None => row.iter_mut().for_each(|x| {
+                *x *= T::one() / sum;
+                nothing[0] += *x * T::zero();
+            }),
+        }
+    }
+    nothing.iter().all(|x| x.is_zero())
 }
 
 /// Bytes of a row from which on products do better with a packed copy.
@@ -145,45 +156,49 @@ impl<T: Scalar> Values<T> {
     fn new(piece: &Piece<'_, T>, block: &Block, cache: &CompressiveCache<T>) -> Self {
         let (t, d_v) = piece.inputs.v.dim();
         let VqAttention { block_len, window, .. } = *piece.attention;
-        let mean = (piece.attention.cache && d_v * size_of::<T>() > LONG).then(|| {
-            let mut mean = PackedRows::zeros(cache.mean().nrows(), d_v);
-            cache.mean().rows().into_iter().enumerate().for_each(|(code, row)| mean.set(code, row));
-            mean
-        });
+        let long = d_v * size_of::<T>() > LONG;
+        let mean = (piece.attention.cache && long).then(|| PackedRows::from_rows(cache.mean()));
         let recent = PackedRows::zeros(t.min(block_len) + t.min(window), d_v);
         Values { recent, next: block.first_key, mean }
     }
 
-    /// Takes in the values of `block`, and the means of the codes whose keys, counted as in [`Piece::enter`], have just
-    /// entered the cache.
-    fn enter(
-        &mut self,
-        piece: &Piece<'_, T>,
-        block: &Block,
-        entered: Range<usize>,
-        cache: &CompressiveCache<T>,
-    ) {
-        for j in self.next..block.queries().end {
-            self.recent.set(j % self.recent.rows(), piece.inputs.v.row(j));
-        }
-        self.next = block.queries().end;
+    /// Takes in the means of the codes whose keys, counted as in [`Piece::enter`], have just entered the cache.
+    fn update_means(&mut self, piece: &Piece<'_, T>, entered: Range<usize>, cache: &CompressiveCache<T>) {
         if let Some(mean) = &mut self.mean {
-            for &code in piece.window.codes.iter().chain(&piece.codes).skip(entered.start).take(entered.len())
-            {
+            for code in piece.codes_of(entered) {
                 mean.set(code as usize, cache.mean().row(code as usize));
             }
         }
     }
 
-    /// out <- p v of the keys at these positions.
+    /// Takes in the values of keys before position `end`.
+    fn take(&mut self, piece: &Piece<'_, T>, end: usize) {
+        for j in self.next..end {
+            self.recent.set(j % self.recent.rows(), piece.inputs.v.row(j));
+        }
+        self.next = end;
+    }
+
+    /// out <- p v of the keys at these positions, the last of which are those of the queries.
+    ///
+    /// # Shapes
+    /// `p` [keys, queries], `out` [queries, V].
     fn product(&self, p: ArrayView2<'_, T>, keys: Range<usize>, mut out: ArrayViewMut2<'_, T>) {
         let rows = self.recent.rows();
-        // The ring may end among them.
-        let from = keys.start % rows.max(1);
-        let (p, p_rest) = p.split_at(Axis(1), keys.len().min(rows - from));
-        self.recent.product(p, from, out.view_mut(), false);
-        if !p_rest.is_empty() {
-            self.recent.product(p_rest, 0, out, true);
+        let own = keys.end - p.ncols();
+        let mut add = false;
+        // Each part begins where the ring, or what the queries see whole, has ended.
+        let turn = (keys.start / rows + 1) * rows;
+        let mut cuts = [keys.start, own, turn.clamp(keys.start, keys.end), keys.end];
+        cuts.sort_unstable();
+        for part in cuts.windows(2) {
+            if part[0] == part[1] {
+                continue;
+            }
+            let p = p.slice(s![part[0] - keys.start..part[1] - keys.start, ..]).reversed_axes();
+            let triangle = if part[0] == own { Triangle::Lower } else { Triangle::Full };
+            self.recent.product((p, triangle), part[0] % rows, out.view_mut(), add);
+            add = true;
         }
     }
 }

@@ -33,6 +33,8 @@ use ndarray::{Array1, Array2, ArrayView2, s};
 use super::block::{Block, Tile};
 use super::{AttentionState, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys};
 use crate::error::{check_finite, check_shape};
+use crate::ops::matmul::{PackedRows, prefetch};
+use crate::ops::simd::LANES;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -103,15 +105,15 @@ pub(super) struct Piece<'a, T> {
     pub content_bias: Vec<T>,
     /// w `[K]`, zeros without biases.
     pub position_bias: Vec<T>,
-    /// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. Empty without biases.
-    pub relative_t: Array2<T>,
+    /// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. None without biases.
+    pub relative_t: Option<PackedRows<T>>,
 }
 
 impl<'a, T: Scalar> Piece<'a, T> {
     fn new(attention: &'a VqAttention, inputs: Inputs<'a, T>, window: WindowKeys<T>) -> Self {
         let relative_t = inputs.biases.as_ref().map(|biases| {
             let falling = biases.relative.slice(s![..;-1, ..]);
-            falling.t().as_standard_layout().into_owned()
+            PackedRows::from_rows(falling.t())
         });
         let zeros = || vec![T::zero(); inputs.q.ncols()];
         Piece {
@@ -120,9 +122,17 @@ impl<'a, T: Scalar> Piece<'a, T> {
             codes: inputs.codes.to_vec(),
             content_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.content.to_vec()),
             position_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.position.to_vec()),
-            relative_t: relative_t.unwrap_or_default(),
+            relative_t,
             inputs,
         }
+    }
+
+    /// Asks for what the tile after this one reads first.
+    fn prefetch(&self, tile: &Tile) {
+        let t = self.codes.len();
+        let next = tile.queries().end..t.min(tile.queries().end + LANES);
+        prefetch(self.inputs.q.slice(s![next.clone(), ..]));
+        prefetch(self.inputs.v.slice(s![next, ..]));
     }
 
     fn n_blocks(&self) -> usize {
@@ -165,14 +175,21 @@ impl<'a, T: Scalar> Piece<'a, T> {
 
     fn enter_until(&self, end: usize, entered: &mut usize, cache: &mut CompressiveCache<T>) {
         let held = self.window.codes.len();
-        for n in *entered..end {
-            if n < held {
-                cache.push(self.window.codes[n], self.window.v.row(n));
-            } else {
-                cache.push(self.codes[n - held], self.inputs.v.row(n - held));
-            }
+        let carried = *entered..end.min(held);
+        if !carried.is_empty() {
+            let codes = self.window.codes.slice(s![carried.clone()]);
+            cache.push_rows(codes.as_slice().expect("contiguous"), self.window.v.slice(s![carried, ..]));
+        }
+        let own = (*entered).max(held) - held..end.max(held) - held;
+        if !own.is_empty() {
+            cache.push_rows(&self.codes[own.clone()], self.inputs.v.slice(s![own, ..]));
         }
         *entered = end.max(*entered);
+    }
+
+    /// The codes of keys, counted as in [`enter`](Self::enter).
+    fn codes_of(&self, keys: Range<usize>) -> impl Iterator<Item = u32> {
+        self.window.codes.iter().chain(&self.codes).copied().skip(keys.start).take(keys.len())
     }
 
     /// The values of the tile's carried rows.
@@ -191,10 +208,32 @@ impl<'a, T: Scalar> Piece<'a, T> {
         let hidden = self.window.codes.len() - tile.block.carried;
         hidden + old.start..hidden + old.end
     }
+}
 
-    /// ln N_s of the codes that a query reads through the cache; empty without one.
-    fn log_counts(&self, cache: &CompressiveCache<T>) -> Vec<T> {
-        if self.attention.cache { cache.log_counts() } else { vec![] }
+/// The cache as a sweep forward in time meets it.
+struct Running<T> {
+    cache: CompressiveCache<T>,
+    /// Keys that it holds of the carried window and the piece.
+    entered: usize,
+    /// ln N_s of the codes that a query reads through it; empty where it is not read.
+    log_counts: Vec<T>,
+}
+
+impl<T: Scalar> Running<T> {
+    fn new(piece: &Piece<'_, T>, cache: CompressiveCache<T>, entered: usize) -> Self {
+        let log_counts = if piece.attention.cache { cache.log_counts() } else { vec![] };
+        Running { cache, entered, log_counts }
+    }
+
+    /// (4), before `block`; which keys have entered, counted as in [`Piece::enter`].
+    fn enter(&mut self, piece: &Piece<'_, T>, block: &Block) -> Range<usize> {
+        let before = self.entered;
+        piece.enter(block, &mut self.entered, &mut self.cache);
+        let keys = before..self.entered;
+        if piece.attention.cache {
+            self.cache.update_log_counts(piece.codes_of(keys.clone()), &mut self.log_counts);
+        }
+        keys
     }
 }
 

@@ -9,7 +9,9 @@ use crate::attention::VqAttention;
 use crate::attention::blockwise::{self, RowGradients, Tasks};
 use crate::codebook::assign::KEYS_PER_TASK;
 use crate::codebook::{Estimator, commitment};
+use crate::ops::matmul::prefetch;
 use crate::ops::rows::all_finite;
+use crate::ops::simd::LANES;
 
 /// Parts into which backward of a batch falls at least, where it is long enough: threads share them.
 const TASKS: usize = 8;
@@ -63,13 +65,22 @@ pub(super) fn run<T: Scalar>(
                 .into_par_iter()
                 .enumerate()
                 .map(|(i, mut d_k)| {
-                    let start = i * KEYS_PER_TASK;
-                    let range = start..start + d_k.nrows();
-                    let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range.clone()]));
-                    let (keys, codes) = (keys.slice(s![range.clone(), ..]), head.codes.slice(s![range]));
-                    estimator.key_backward(keys, codes, head.codewords, d_k.view_mut()); // (1)
-                    commitment::add_gradient(keys, codes, head.codewords, mask, commit_scale, d_k); // (3)
-                    all_finite(keys)
+                    let mut finite = true;
+                    for from in (0..d_k.nrows()).step_by(LANES) {
+                        let end = d_k.nrows().min(from + LANES);
+                        let range = i * KEYS_PER_TASK + from..i * KEYS_PER_TASK + end;
+                        let next = range.end..t.min(range.end + LANES);
+                        prefetch(keys.slice(s![next, ..]));
+                        prefetch(d_k.slice(s![end..d_k.nrows().min(end + LANES), ..]));
+                        let mask = inputs.mask.as_ref();
+                        let mask = mask.map(|mask| mask.slice_move(s![n / h, range.clone()]));
+                        let (keys, codes) = (keys.slice(s![range.clone(), ..]), head.codes.slice(s![range]));
+                        let mut d_k = d_k.slice_mut(s![from..end, ..]);
+                        finite &= all_finite(keys);
+                        estimator.key_backward(keys, codes, head.codewords, d_k.view_mut()); // (1)
+                        commitment::add_gradient(keys, codes, head.codewords, mask, commit_scale, d_k); // (3)
+                    }
+                    finite
                 })
                 .reduce(|| true, |a, b| a & b);
             (d_c, biases, finite & finite_keys)

@@ -15,9 +15,12 @@ use crate::Scalar;
 use crate::ops::simd::level;
 
 mod packed;
+mod prefetch;
 mod tile;
 
 pub(crate) use packed::PackedRows;
+pub(crate) use prefetch::prefetch;
+pub(crate) use tile::Triangle;
 
 /// Elements of A up to which it stays in the second-level cache as it lies.
 const UNPACKED: usize = 1 << 18;
@@ -27,7 +30,7 @@ const UNPACKED: usize = 1 << 18;
 /// # Shapes
 /// `a` [m, k], `b` [k, n], `c` [m, n].
 pub(crate) fn product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
-    gemm(a, b, c, false);
+    gemm((a, Triangle::Full), b, c, false);
 }
 
 /// C <- C + A B.
@@ -35,10 +38,28 @@ pub(crate) fn product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: 
 /// # Shapes
 /// `a` [m, k], `b` [k, n], `c` [m, n].
 pub(crate) fn add_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
-    gemm(a, b, c, true);
+    gemm((a, Triangle::Full), b, c, true);
 }
 
-fn gemm<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>, add: bool) {
+/// C <- A B or C + A B, where A is 0 outside of a triangle.
+///
+/// # Shapes
+/// `a` [m, k], `b` [k, n], `c` [m, n].
+pub(crate) fn triangle_product<T: Scalar>(
+    a: (ArrayView2<'_, T>, Triangle),
+    b: ArrayView2<'_, T>,
+    c: ArrayViewMut2<'_, T>,
+    add: bool,
+) {
+    gemm(a, b, c, add);
+}
+
+fn gemm<T: Scalar>(
+    (a, triangle): (ArrayView2<'_, T>, Triangle),
+    b: ArrayView2<'_, T>,
+    mut c: ArrayViewMut2<'_, T>,
+    add: bool,
+) {
     let (m, k) = a.dim();
     let n = b.ncols();
     assert_eq!((b.nrows(), c.dim()), (k, (m, n)), "shapes of a product");
@@ -51,7 +72,7 @@ fn gemm<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewM
         }
         return;
     }
-    if m * k <= UNPACKED && tile::product(level(), a, b, c.view_mut(), add) {
+    if m * k <= UNPACKED && tile::product(level(), (a, triangle), b, c.view_mut(), add) {
         return;
     }
     let (a_strides, b_strides) = (a.strides(), b.strides());
@@ -113,7 +134,7 @@ fn rows_in_parallel<T: Scalar>(
     a.axis_chunks_iter(Axis(0), rows)
         .into_par_iter()
         .zip(c.axis_chunks_iter_mut(Axis(0), rows))
-        .for_each(|(a, c)| gemm(a, b, c, add));
+        .for_each(|(a, c)| gemm((a, Triangle::Full), b, c, add));
 }
 
 #[cfg(test)]

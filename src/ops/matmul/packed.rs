@@ -10,7 +10,7 @@
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
-use super::tile::{DEPTH, Operands, VECTORS, all_rows};
+use super::tile::{DEPTH, Operands, Rows, Triangle, VECTORS, all_rows};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
 
@@ -37,6 +37,13 @@ impl<T: Scalar> PackedRows<T> {
         PackedRows { elements, rows, columns, width, panel, level }
     }
 
+    /// A copy of these rows, of any strides.
+    pub fn from_rows(rows: ArrayView2<'_, T>) -> Self {
+        let mut packed = Self::zeros(rows.nrows(), rows.ncols());
+        rows.rows().into_iter().enumerate().for_each(|(n, row)| packed.set(n, row));
+        packed
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -47,16 +54,13 @@ impl<T: Scalar> PackedRows<T> {
     /// `x` [columns], of any stride.
     pub fn set(&mut self, row: usize, x: ArrayView1<'_, T>) {
         debug_assert!(row < self.rows && x.len() == self.columns);
-        let start = row * self.width;
+        let (panel, width) = (self.panel, self.width);
+        let elements = &mut self.elements[row * width..];
         match x.to_slice() {
-            Some(x) => {
-                for (n, x) in x.chunks(self.width).enumerate() {
-                    self.elements[start + n * self.panel..][..x.len()].copy_from_slice(x);
-                }
-            }
+            Some(x) => dispatch!(self.level, simd => set_row(simd, x, elements, panel)),
             None => {
                 for (column, &x) in x.iter().enumerate() {
-                    self.elements[start + column / self.width * self.panel + column % self.width] = x;
+                    elements[column / width * panel + column % width] = x;
                 }
             }
         }
@@ -66,7 +70,13 @@ impl<T: Scalar> PackedRows<T> {
     ///
     /// # Shapes
     /// `a` [m, k] of any strides, `c` [m, columns].
-    pub fn product(&self, a: ArrayView2<'_, T>, from: usize, mut c: ArrayViewMut2<'_, T>, add: bool) {
+    pub fn product(
+        &self,
+        (a, triangle): (ArrayView2<'_, T>, Triangle),
+        from: usize,
+        mut c: ArrayViewMut2<'_, T>,
+        add: bool,
+    ) {
         let (m, k) = a.dim();
         assert!(from + k <= self.rows && c.dim() == (m, self.columns), "shapes of a product");
         if k == 0 || c.is_empty() {
@@ -78,7 +88,7 @@ impl<T: Scalar> PackedRows<T> {
         if c.strides()[1] != 1 && self.columns > 1 {
             // No tile can store there.
             let mut rows = c.as_standard_layout().into_owned();
-            self.product(a, from, rows.view_mut(), add);
+            self.product((a, triangle), from, rows.view_mut(), add);
             c.assign(&rows);
             return;
         }
@@ -94,7 +104,7 @@ impl<T: Scalar> PackedRows<T> {
         let sizes = (self.panel, self.columns);
         // SAFETY: `a` is valid for m x k elements and `c` for m x columns with contiguous rows, c is borrowed mutably, and
         // each panel holds from + k rows of `width` elements, all of which was asserted above.
-        dispatch!(self.level, simd => unsafe { panels(simd, operands, (m, k), sizes, add) });
+        dispatch!(self.level, simd => unsafe { panels(simd, operands, (m, k, triangle), sizes, add) });
     }
 }
 
@@ -102,6 +112,24 @@ impl<T: Scalar> PackedRows<T> {
 #[inline(always)]
 fn width<S: Simd, T: Scalar>(_: S) -> usize {
     VECTORS * T::Vector::<S>::LEN
+}
+
+/// Writes a row to panels that lie `panel` elements apart.
+#[inline(always)]
+fn set_row<S: Simd, T: Scalar>(simd: S, x: &[T], elements: &mut [T], panel: usize) {
+    let (lanes, width) = (T::Vector::<S>::LEN, width::<S, T>(simd));
+    for (n, x) in x.chunks(width).enumerate() {
+        let to = &mut elements[n * panel..][..x.len()];
+        let (x, x_rest) = x.split_at(x.len() / lanes * lanes);
+        let (to, to_rest) = to.split_at_mut(x.len());
+        // Not copy_from_slice: a call costs more than so short a copy.
+        for (x, to) in x.chunks_exact(lanes).zip(to.chunks_exact_mut(lanes)) {
+            T::Vector::<S>::from_slice(simd, x).store_slice(to);
+        }
+        for (&x, to) in x_rest.iter().zip(to_rest) {
+            *to = x;
+        }
+    }
 }
 
 /// All panels, `panel` elements apart, of so many columns.
@@ -112,13 +140,14 @@ fn width<S: Simd, T: Scalar>(_: S) -> usize {
 unsafe fn panels<S: Simd, T: Scalar>(
     simd: S,
     operands: Operands<T>,
-    (m, k): (usize, usize),
+    (m, k, triangle): (usize, usize, Triangle),
     (panel, columns): (usize, usize),
     add: bool,
 ) {
     let width = width::<S, T>(simd);
     for (n, column) in (0..columns).step_by(width).enumerate() {
         let stored = 0..width.min(columns - column);
+        let vectors = stored.end.div_ceil(T::Vector::<S>::LEN);
         for p in (0..k).step_by(DEPTH) {
             // SAFETY: panel n begins n * panel elements after the first, its rows p.. after p rows; c has `stored` columns there.
             unsafe {
@@ -128,7 +157,8 @@ unsafe fn panels<S: Simd, T: Scalar>(
                     c: operands.c.add(column),
                     ..operands
                 };
-                all_rows(simd, at, (m, DEPTH.min(k - p)), VECTORS, stored.clone(), add || p > 0);
+                let rows = Rows { m, p, depth: DEPTH.min(k - p), triangle };
+                all_rows(simd, at, rows, vectors, stored.clone(), add || p > 0);
             }
         }
     }
@@ -160,12 +190,12 @@ mod tests {
             let a_t = numbers::<T>(k, m, 2);
             let expected = a_t.t().dot(&b.slice(s![from..from + k, ..]));
             let mut c = Array2::from_elem((m, columns), T::nan());
-            packed.product(a_t.t(), from, c.view_mut(), false);
+            packed.product((a_t.t(), Triangle::Full), from, c.view_mut(), false);
             assert_eq!(c, expected);
-            packed.product(a_t.t(), from, c.view_mut(), true);
+            packed.product((a_t.t(), Triangle::Full), from, c.view_mut(), true);
             assert_eq!(c, &expected + &expected);
             let mut c = Array2::from_elem((columns, m), T::nan());
-            packed.product(a_t.t(), from, c.view_mut().reversed_axes(), false);
+            packed.product((a_t.t(), Triangle::Full), from, c.view_mut().reversed_axes(), false);
             assert_eq!(c.t(), expected);
         }
     }

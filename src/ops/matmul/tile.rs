@@ -51,13 +51,36 @@ impl<T> Clone for Operands<T> {
 }
 impl<T> Copy for Operands<T> {}
 
+/// Where A has elements other than 0. Rows of tiles skip what is left or right of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Triangle {
+    /// Anywhere.
+    Full,
+    /// A[i][p] = 0 for p > i.
+    Lower,
+    /// A[i][p] = 0 for p < i.
+    Upper,
+}
+
+impl Triangle {
+    /// Of `depth` elements from `p` on, those that rows `row` to `end` need.
+    #[inline(always)]
+    fn needed(self, (row, end): (usize, usize), p: usize, depth: usize) -> Range<usize> {
+        match self {
+            Triangle::Full => 0..depth,
+            Triangle::Lower => 0..end.saturating_sub(p).min(depth),
+            Triangle::Upper => row.saturating_sub(p).min(depth)..depth,
+        }
+    }
+}
+
 /// C <- A B, or C + A B; false, and nothing done, where rows of B or C are not contiguous or too short for a vector.
 ///
 /// # Shapes
 /// `a` [m, k], `b` [k, n], `c` [m, n], none of them empty.
 pub(super) fn product<T: Scalar>(
     level: Level,
-    a: ArrayView2<'_, T>,
+    (a, triangle): (ArrayView2<'_, T>, Triangle),
     b: ArrayView2<'_, T>,
     mut c: ArrayViewMut2<'_, T>,
     add: bool,
@@ -79,7 +102,7 @@ pub(super) fn product<T: Scalar>(
     };
     // SAFETY: the views are valid for the rows and columns named by (m, n, k), which were compared above, rows of b and c
     // are contiguous, and c is borrowed mutably and therefore overlaps neither a nor b.
-    dispatch!(level, simd => unsafe { tiles(simd, operands, (m, n, k), add) })
+    dispatch!(level, simd => unsafe { tiles(simd, operands, (m, n, k), triangle, add) })
 }
 
 /// All tiles of C; false where not even one vector fits in a row.
@@ -91,6 +114,7 @@ unsafe fn tiles<S: Simd, T: Scalar>(
     simd: S,
     operands: Operands<T>,
     (m, n, k): (usize, usize, usize),
+    triangle: Triangle,
     add: bool,
 ) -> bool {
     let lanes = T::Vector::<S>::LEN;
@@ -132,12 +156,24 @@ unsafe fn tiles<S: Simd, T: Scalar>(
             } else {
                 panel
             };
+            let rows = Rows { m, p, depth, triangle };
             // SAFETY: the panel is a part of the operands, or packed from one.
-            unsafe { all_rows(simd, panel, (m, depth), vectors, done..vectors * lanes, add || p > 0) };
+            unsafe { all_rows(simd, panel, rows, vectors, done..vectors * lanes, add || p > 0) };
         }
         column += vectors * lanes - done;
     }
     true
+}
+
+/// The rows of A that meet a panel of B.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows {
+    pub m: usize,
+    /// The first of A's columns.
+    pub p: usize,
+    /// How many of them.
+    pub depth: usize,
+    pub triangle: Triangle,
 }
 
 /// The tiles of one panel: `columns` of so many vectors, of all m rows of A and C.
@@ -148,7 +184,7 @@ unsafe fn tiles<S: Simd, T: Scalar>(
 pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     simd: S,
     panel: Operands<T>,
-    (m, depth): (usize, usize),
+    Rows { m, p, depth, triangle }: Rows,
     vectors: usize,
     columns: Range<usize>,
     add: bool,
@@ -158,10 +194,17 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     while row < m {
         let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
         let i = row as isize;
-        // SAFETY: row + the rows of the chosen tile <= m.
+        let needed = triangle.needed((row, row + rows), p, depth);
+        let (first, depth) = (needed.start as isize, needed.len());
+        // SAFETY: row + the rows of the chosen tile <= m, and first + depth is at most the panel's depth.
         unsafe {
-            let at =
-                Operands { a: panel.a.offset(i * panel.a_row), c: panel.c.offset(i * panel.c_row), ..panel };
+            let at = Operands {
+                // Wrapping: where no column is needed, they may point beyond the operands, and are not read.
+                a: panel.a.offset(i * panel.a_row).wrapping_offset(first * panel.a_column),
+                b: panel.b.wrapping_offset(first * panel.b_row),
+                c: panel.c.offset(i * panel.c_row),
+                ..panel
+            };
             let c = columns.clone();
             row += match (rows, vectors) {
                 (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, c, add),
@@ -284,7 +327,7 @@ mod tests {
                         let mut around = Array2::from_elem((m + 2, n + 2), T::nan());
                         for times in 1..=2 {
                             let c = around.slice_mut(s![1..=m, 1..=n]);
-                            assert!(product(level, a, b, c, times > 1), "{m} {n} {k}");
+                            assert!(product(level, (a, Triangle::Full), b, c, times > 1), "{m} {n} {k}");
                             let c = around.slice(s![1..=m, 1..=n]);
                             assert_eq!(c, &expected * T::from_f64(times.into()), "{m} {n} {k} {level:?}");
                         }
@@ -309,16 +352,44 @@ mod tests {
     }
 
     #[test]
+    fn triangles_are_products_with_zeros() {
+        for level in levels() {
+            for (m, k) in [(1, 1), (5, 5), (64, 64), (64, 40), (30, 64), (300, 520), (19, 300)] {
+                for triangle in [Triangle::Lower, Triangle::Upper] {
+                    let mut a = numbers::<f32>(m, k, 1);
+                    a.indexed_iter_mut().for_each(|((i, p), a)| match triangle {
+                        Triangle::Lower if p > i => *a = 0.0,
+                        Triangle::Upper if p < i => *a = 0.0,
+                        _ => {}
+                    });
+                    let b = numbers::<f32>(k, 70, 2);
+                    let mut c = Array2::from_elem((m, 70), f32::NAN);
+                    assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), false));
+                    assert_eq!(c, a.dot(&b), "{m} {k} {triangle:?} {level:?}");
+                    assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), true));
+                    assert_eq!(c, 2.0 * a.dot(&b), "{m} {k} {triangle:?} {level:?}");
+                    // It skips: what it says is 0 is not looked at, far from the diagonal.
+                    if let (Triangle::Lower, 64, 64) = (triangle, m, k) {
+                        a[[0, 63]] = f32::NAN;
+                        assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), false));
+                        assert!(c.iter().all(|c| !c.is_nan()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_row_has_the_same_bits_in_a_product_of_any_size() {
         let a = Array2::from_shape_fn((40, 700), |(i, p)| ((i * 700 + p) as f32).sin());
         let b = Array2::from_shape_fn((700, 300), |(p, j)| ((p * 300 + j) as f32).cos());
         for level in levels() {
             let mut whole = Array2::zeros((40, 300));
-            assert!(product(level, a.view(), b.view(), whole.view_mut(), false));
+            assert!(product(level, (a.view(), Triangle::Full), b.view(), whole.view_mut(), false));
             for (rows, columns) in [(0..1, 0..300), (3..20, 0..64), (7..11, 5..21), (0..40, 30..263)] {
                 let mut part = Array2::zeros((rows.len(), columns.len()));
                 let (a, b) = (a.slice(s![rows.clone(), ..]), b.slice(s![.., columns.clone()]));
-                assert!(product(level, a, b, part.view_mut(), false));
+                assert!(product(level, (a, Triangle::Full), b, part.view_mut(), false));
                 assert_eq!(part, whole.slice(s![rows, columns]));
             }
         }
@@ -328,12 +399,12 @@ mod tests {
     fn what_no_tile_can_do_is_left_alone() {
         let (a, b) = (numbers::<f32>(3, 4, 1), numbers::<f32>(4, 40, 2));
         let mut c = Array2::from_elem((3, 1), f32::NAN);
-        assert!(!product(levels()[0], a.view(), b.slice(s![.., ..1]), c.view_mut(), false));
+        assert!(!product(levels()[0], (a.view(), Triangle::Full), b.slice(s![.., ..1]), c.view_mut(), false));
         let mut c_t = Array2::from_elem((40, 3), f32::NAN);
-        assert!(!product(levels()[0], a.view(), b.view(), c_t.view_mut().reversed_axes(), false));
+        assert!(!product(levels()[0], (a.view(), Triangle::Full), b.view(), c_t.view_mut().reversed_axes(), false));
         let b_t = b.t().as_standard_layout().into_owned();
         let mut c_all = Array2::from_elem((3, 40), f32::NAN);
-        assert!(!product(levels()[0], a.view(), b_t.t(), c_all.view_mut(), false));
+        assert!(!product(levels()[0], (a.view(), Triangle::Full), b_t.t(), c_all.view_mut(), false));
         assert!(c.iter().chain(&c_t).chain(&c_all).all(|c| c.is_nan()));
     }
 }
