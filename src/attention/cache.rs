@@ -80,9 +80,27 @@ impl<T: Scalar> CompressiveCache<T> {
 
     /// Adds tokens in their order, values [T, V].
     pub(crate) fn push_rows(&mut self, codes: &[u32], values: ArrayView2<'_, T>) {
+        self.push_rows_keeping(codes, values, None);
+    }
+
+    /// [`push_rows`](Self::push_rows), appending to `replaced` the mean that each token replaces.
+    pub(crate) fn push_rows_keeping(
+        &mut self,
+        codes: &[u32],
+        values: ArrayView2<'_, T>,
+        replaced: Option<&mut Vec<T>>,
+    ) {
         debug_assert_eq!(values.dim(), (codes.len(), self.mean.ncols()));
         let state = (self.mean.view_mut(), self.residual.view_mut());
-        on_best_simd!(push_rows(state, &mut self.count, codes, values));
+        on_best_simd!(push_rows(state, &mut self.count, codes, values, replaced));
+    }
+
+    /// Takes out the last token of this code, given the mean that it replaced. The residual is not brought back: a cache from
+    /// which tokens are taken can be read, but nothing can enter it any more.
+    pub(crate) fn take_out(&mut self, code: u32, replaced: &[T]) {
+        let s = code as usize;
+        self.count[s] -= 1;
+        self.mean.row_mut(s).as_slice_mut().expect("standard layout").copy_from_slice(replaced);
     }
 
     /// Adds the tokens of another cache: the cache of the union of two stretches of a sequence.
@@ -137,12 +155,16 @@ fn push_rows<T: Scalar>(
     counts: &mut Array1<u64>,
     codes: &[u32],
     values: ArrayView2<'_, T>,
+    mut replaced: Option<&mut Vec<T>>,
 ) {
     for (&code, value) in codes.iter().zip(values.rows()) {
         let s = code as usize;
         counts[s] += 1; // (1)
         let share = T::one() / T::from_f64(counts[s] as f64);
         let (mut mean, mut residual) = (means.row_mut(s), residuals.row_mut(s));
+        if let (Some(replaced), Some(mean)) = (&mut replaced, mean.as_slice()) {
+            replaced.extend_from_slice(mean);
+        }
         let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
         if let (Some(mean), Some(residual), Some(value)) = rows {
             move_mean(mean, residual, value, share);

@@ -4,15 +4,35 @@
 //! remainders.
 
 use fearless_simd::{Simd, SimdBase};
+use ndarray::ArrayView2;
 
 use crate::Scalar;
 use crate::ops::simd::{LANES, Row, fused};
 
-/// `sum <- a + b`.
+/// `sum[i] <- rows[i] + term`, for one or two terms [K]: each row is read once.
 #[inline(always)]
-pub(super) fn add<T: Scalar>(a: &[T], b: &[T], sum: &mut [T]) {
-    for ((sum, &a), &b) in sum.iter_mut().zip(a).zip(b) {
-        *sum = a + b;
+pub(super) fn add_terms<T: Scalar, const N: usize>(
+    rows: ArrayView2<'_, T>,
+    terms: [&[T]; N],
+    mut sums: [&mut [T]; N],
+) {
+    let width = rows.ncols();
+    for (i, row) in rows.rows().into_iter().enumerate() {
+        for (term, sum) in terms.iter().zip(&mut sums) {
+            let sum = &mut sum[i * width..][..width];
+            match row.to_slice() {
+                Some(row) => {
+                    for ((sum, &x), &term) in sum.iter_mut().zip(row).zip(*term) {
+                        *sum = x + term;
+                    }
+                }
+                None => {
+                    for ((sum, &x), &term) in sum.iter_mut().zip(row).zip(*term) {
+                        *sum = x + term;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -109,25 +129,32 @@ pub(super) fn exponentiate<S: Simd, T: Scalar>(
     sum
 }
 
-/// `d <- p (d - delta)`, delta the sum of p d over the rows of both.
+/// `d <- p (d - delta)`, delta the sum of p d over the rows of both; then the rows of cached codes become `p / N`, if there are
+/// `shares` 1 / N.
 #[inline(always)]
 pub(super) fn score_gradients<T: Scalar>(
-    content: (&[Row<T>], &mut [Row<T>]),
-    recent: (&[Row<T>], &mut [Row<T>]),
+    (p_content, d_content): (&mut [Row<T>], &mut [Row<T>]),
+    (p_recent, d_recent): (&[Row<T>], &mut [Row<T>]),
+    shares: &[T],
 ) {
     let mut delta = [T::zero(); LANES];
-    for (p, d) in [(content.0, &*content.1), (recent.0, &*recent.1)] {
+    for (p, d) in [(&*p_content, &*d_content), (p_recent, &*d_recent)] {
         for (p, d) in p.iter().zip(d) {
             for ((delta, &p), &d) in delta.iter_mut().zip(p).zip(d) {
                 *delta += p * d;
             }
         }
     }
-    for (p, d) in [content, recent] {
-        for (p, d) in p.iter().zip(d) {
-            for ((d, &p), &delta) in d.iter_mut().zip(p).zip(&delta) {
-                *d = p * (*d - delta);
-            }
+    for (p, d) in p_recent.iter().zip(d_recent) {
+        for ((d, &p), &delta) in d.iter_mut().zip(p).zip(&delta) {
+            *d = p * (*d - delta);
+        }
+    }
+    for (r, (p, d)) in p_content.iter_mut().zip(d_content).enumerate() {
+        let share = shares.get(r).copied().unwrap_or(T::one());
+        for ((d, p), &delta) in d.iter_mut().zip(p).zip(&delta) {
+            *d = *p * (*d - delta);
+            *p *= share;
         }
     }
 }

@@ -10,13 +10,11 @@
 //! (3)  p = exp(score + ln N - shift_i)
 //! ```
 
-use std::ops::Range;
-
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::block::Tile;
 use super::blockwise::Piece;
-use super::kernels::{add, exponentiate, scatter, score_gradients, softmax};
+use super::kernels::{add_terms, exponentiate, scatter, score_gradients, softmax};
 use super::skew;
 use crate::Scalar;
 use crate::ops::matmul::{Triangle, product};
@@ -37,8 +35,6 @@ pub(super) fn view_mut<T>(rows: &mut [Row<T>]) -> ArrayViewMut2<'_, T> {
 /// Buffers for the scores of one tile, made once per piece.
 #[derive(Debug)]
 pub(super) struct Scores<T> {
-    /// The codes whose scores these are.
-    codes: Range<usize>,
     /// (1), then p of cached codes [S].
     pub content: Rows<T>,
     /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
@@ -60,7 +56,6 @@ impl<T: Scalar> Scores<T> {
         let rows = attention.block_len.min(t) + attention.window.min(piece.window.codes.len() + t);
         let biased = if piece.inputs.biases.is_some() { LANES } else { 0 };
         Scores {
-            codes: 0..piece.inputs.codewords.nrows(),
             content: Rows::zeros(piece.inputs.codewords.nrows()),
             recent: Rows::zeros(rows),
             q_content: Array2::zeros((LANES, k)),
@@ -70,27 +65,19 @@ impl<T: Scalar> Scores<T> {
         }
     }
 
-    /// Buffers for (1) of some codes only, without recent keys.
-    pub fn of_codes(piece: &Piece<'_, T>, codes: Range<usize>) -> Self {
-        let k = piece.inputs.q.ncols();
-        Scores {
-            content: Rows::zeros(codes.len()),
-            codes,
-            recent: Rows::zeros(0),
-            q_content: Array2::zeros((LANES, k)),
-            q_content_t: Rows::zeros(k),
-            q_position: Array2::zeros((0, k)),
-            bias: skew::zeros(0, 0),
-        }
-    }
-
     /// Takes in the tile's queries and computes (1).
     pub fn fill_content(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let q = piece.inputs.q.slice(s![tile.queries(), ..]);
-        load(q, &piece.content_bias, &mut self.q_content);
+        let content = self.q_content.as_slice_mut().expect("contiguous");
+        if piece.inputs.biases.is_some() {
+            let position = self.q_position.as_slice_mut().expect("contiguous");
+            let terms: [&[T]; 2] = [&piece.content_bias, &piece.position_bias];
+            on_best_simd!(add_terms(q, terms, [content, position]));
+        } else {
+            on_best_simd!(add_terms(q, [&piece.content_bias], [content]));
+        }
         transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
-        let codewords = piece.inputs.codewords.slice(s![self.codes.clone(), ..]);
-        product(codewords, view(&self.q_content_t), view_mut(&mut self.content));
+        product(piece.inputs.codewords, view(&self.q_content_t), view_mut(&mut self.content));
     }
 
     /// Computes (2) from (1); minus infinity where a query does not see a key.
@@ -102,8 +89,6 @@ impl<T: Scalar> Scores<T> {
             *row = self.content[code as usize];
         }
         if let Some(relative_t) = &piece.relative_t {
-            let q = piece.inputs.q.slice(s![tile.queries(), ..]);
-            load(q, &piece.position_bias, &mut self.q_position);
             let q_position = self.q_position.slice(s![..tile.len, ..]);
             let bias = skew::inside_mut(&mut self.bias, tile.len);
             relative_t.product((q_position, Triangle::Full), 0, bias, false);
@@ -155,17 +140,6 @@ impl<T: Scalar> Scores<T> {
     }
 }
 
-/// Rows plus a constant row.
-fn load<T: Scalar>(q: ArrayView2<'_, T>, bias: &[T], sum: &mut Array2<T>) {
-    for (q, mut sum) in q.rows().into_iter().zip(sum.rows_mut()) {
-        if let (Some(q), Some(sum)) = (q.as_slice(), sum.as_slice_mut()) {
-            on_best_simd!(add(q, bias, sum));
-        } else {
-            q.iter().zip(bias).zip(&mut sum).for_each(|((&q, &bias), sum)| *sum = q + bias);
-        }
-    }
-}
-
 /// Gradients of the scores of one tile, in the layout of [`Scores`].
 #[derive(Debug)]
 pub(super) struct ScoreGradients<T> {
@@ -196,12 +170,13 @@ impl<T: Scalar> ScoreGradients<T> {
         &mut self.recent[..tile.rows.len()]
     }
 
-    /// Turns d_p into d_score: `d_s = p (d_p - sum p d_p)`, over cached codes and recent keys.
-    pub fn softmax_backward(&mut self, scores: &Scores<T>, tile: &Tile, cached: usize) {
+    /// Turns d_p into d_score: `d_s = p (d_p - sum p d_p)`, over cached codes and recent keys; then `p` of cached codes into
+    /// p / N, given the codes' `shares` 1 / N.
+    pub fn softmax_backward(&mut self, scores: &mut Scores<T>, tile: &Tile, cached: usize, shares: &[T]) {
         let rows = tile.rows.len();
-        let content = (&scores.content[..cached], &mut self.content[..cached]);
+        let content = (&mut scores.content[..cached], &mut self.content[..cached]);
         let recent = (&scores.recent[..rows], &mut self.recent[..rows]);
-        on_best_simd!(score_gradients(content, recent));
+        on_best_simd!(score_gradients(content, recent, shares));
     }
 
     /// Adds the rows of the piece's keys to the rows of their codes: the look-up of (2), backward.

@@ -1,17 +1,16 @@
-//! The two sweeps of backward: formulas (3) to (1) forward in time, then (4) backward in time.
+//! The sweep backward in time: formulas (4) to (1) of the module above, segment by segment.
 
-use std::ops::Range;
-
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{Piece, Running, Saved, Segment};
+use super::replay::{KeyRows, Replay};
+use super::{Piece, Saved, Segment};
 use crate::Scalar;
 use crate::attention::block::Tile;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, Inputs, VqAttention};
-use crate::ops::matmul::{Triangle, add_product, prefetch, product, triangle_product};
+use crate::ops::matmul::{add_product, prefetch, product};
 use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
@@ -33,30 +32,22 @@ impl<'a, T> RowGradients<'a, T> {
     }
 }
 
-/// Into how many parts backward of one piece falls.
-#[derive(Debug, Clone, Copy)]
-pub(in crate::attention) struct Tasks {
-    /// They set the order of sums, so their number must not depend on threads.
-    pub segments: usize,
-    /// Sets the order of nothing.
-    pub threads: usize,
-}
-
-/// [`backward`](super::backward) on checked shapes; returns the gradients of the codewords and of the biases, and whether q,
-/// v and `d_out` are finite.
+/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums; returns the gradients of
+/// the codewords and of the biases, and whether q, v and `d_out` are finite.
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     saved: Saved<T>,
     d_out: ArrayView2<'_, T>,
     mut rows: RowGradients<'_, T>,
-    Tasks { segments, threads }: Tasks,
+    segments: usize,
 ) -> (Array2<T>, Option<BiasGradients<T>>, bool) {
     let piece = Piece::new(attention, inputs.reborrow(), saved.start.window_keys());
     let mut cache = saved.start.cache;
-    let counts = cache.count().to_owned();
     let segments = piece.segments(segments, &mut cache);
-    let starts: Vec<usize> = segments.iter().map(|segment| segment.queries(&piece).start).collect();
+    drop(cache);
+    let starts: Vec<_> =
+        segments.iter().map(|segment| (segment.queries(&piece).start, segment.entered)).collect();
     let mut tasks = vec![];
     let mut rest = RowGradients { q: rows.q.view_mut(), k_hat: rows.k_hat.view_mut(), v: rows.v.view_mut() };
     for segment in segments {
@@ -67,8 +58,8 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
     let lse = saved.lse.view();
     let run = |(segment, rows)| run_segment(&piece, segment, lse, d_out, rows);
     let done: Vec<SegmentGradients<T>> = tasks.into_par_iter().map(run).collect();
-    let mut sums = SegmentGradients::zeros(&piece, 0);
-    for (segment, start) in done.into_iter().zip(starts) {
+    let mut sums = SegmentGradients::zeros(&piece);
+    for (segment, &(start, _)) in done.iter().zip(&starts) {
         let before = start - segment.k_hat_before.nrows()..start;
         let mut k_hat = rows.k_hat.slice_mut(s![before.clone(), ..]);
         k_hat += &segment.k_hat_before;
@@ -82,8 +73,14 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
         }
         sums.finite &= segment.finite;
     }
-    if attention.cache && attention.gradient_through_cache && piece.n_blocks() > 0 {
-        cached_values(&piece, lse, counts, d_out, rows.v, threads);
+    // (4): keys that had entered before a segment were seen by all its queries.
+    let mut later = sums.cached_values;
+    let held = piece.window.codes.len();
+    let through_cache = done.iter().enumerate().skip(1).filter(|_| piece.sends_through_cache());
+    for (n, segment) in through_cache.rev() {
+        later += &segment.cached_values;
+        let keys = starts[n - 1].1.max(held) - held..starts[n].1.max(held) - held;
+        add_by_code(&later, &piece.codes[keys.clone()], rows.v.slice_mut(s![keys, ..]));
     }
     (sums.codewords, sums.biases, sums.finite)
 }
@@ -96,54 +93,56 @@ struct SegmentGradients<T> {
     v_before: Array2<T>,
     codewords: Array2<T>,
     biases: Option<BiasGradients<T>>,
+    /// G of (4) at its first block; no rows where it is not wanted.
+    cached_values: Array2<T>,
     finite: bool,
 }
 
 impl<T: Scalar> SegmentGradients<T> {
-    /// For a segment that has `before` keys of the piece in the window of its first block.
-    fn zeros(piece: &Piece<'_, T>, before: usize) -> Self {
+    fn zeros(piece: &Piece<'_, T>) -> Self {
         let inputs = &piece.inputs;
-        let k = inputs.q.ncols();
+        let ((n_codes, k), v) = (inputs.codewords.dim(), inputs.v.ncols());
         SegmentGradients {
-            k_hat_before: Array2::zeros((before, k)),
-            v_before: Array2::zeros((before, inputs.v.ncols())),
+            k_hat_before: Array2::zeros((0, k)),
+            v_before: Array2::zeros((0, v)),
             codewords: Array2::zeros(inputs.codewords.raw_dim()),
             biases: inputs.biases.as_ref().map(|biases| BiasGradients {
                 content: Array1::zeros(k),
                 position: Array1::zeros(k),
                 relative: Array2::zeros(biases.relative.raw_dim()),
             }),
+            cached_values: Array2::zeros((if piece.sends_through_cache() { n_codes } else { 0 }, v)),
             finite: true,
         }
     }
 }
 
-/// The sweep forward over the blocks of one segment.
+/// The sweep over the blocks of one segment, the last first.
 fn run_segment<T: Scalar>(
     piece: &Piece<'_, T>,
     segment: Segment<T>,
     lse: ArrayView1<'_, T>,
     d_out: ArrayView2<'_, T>,
-    mut rows: RowGradients<'_, T>,
+    rows: RowGradients<'_, T>,
 ) -> SegmentGradients<T> {
     let (attention, inputs) = (piece.attention, &piece.inputs);
     let first = segment.queries(piece).start;
-    let Segment { blocks, cache, entered } = segment;
-    let mut past = Running::new(piece, cache, entered);
-    let reaches = if attention.gradient_through_cache { attention.window.min(first) } else { 0 };
-    let mut sums = SegmentGradients::zeros(piece, reaches);
+    let blocks = segment.blocks.clone();
+    let mut past = Replay::new(piece, segment);
+    let reach = if attention.gradient_through_cache { attention.window.min(first) } else { 0 };
+    let mut sums = SegmentGradients::zeros(piece);
+    let mut d_q = rows.q;
+    let (mut d_k_hat, mut d_v) = (KeyRows::new(rows.k_hat, first, reach), KeyRows::new(rows.v, first, reach));
     let mut scores = Scores::new(piece);
     let mut d_scores = ScoreGradients::new(&scores);
     let mut d_out_t = Rows::zeros(d_out.ncols());
     let mut d_q_position = Array2::zeros((LANES, inputs.q.ncols()));
-    for block in blocks.map(|n| piece.block(n)) {
-        past.enter(piece, &block);
+    for n in blocks.clone().rev() {
+        let block = piece.block(n);
         // The first key that receives gradient.
         let reached = if attention.gradient_through_cache { block.first_key } else { block.start };
-        for tile in block.tiles() {
-            piece.prefetch(&tile);
-            let next = tile.queries().end..d_out.nrows().min(tile.queries().end + LANES);
-            prefetch(d_out.slice(s![next, ..]));
+        for tile in block.tiles().rev() {
+            prefetch_before(piece, &tile, d_out);
             let d_out = d_out.slice(s![tile.queries(), ..]);
             transpose(d_out, &mut d_out_t);
             scores.fill_content(piece, &tile);
@@ -162,16 +161,20 @@ fn run_segment<T: Scalar>(
             values_product(inputs.v.slice(s![keys.clone(), ..]), &d_out_t, d_new, tile.len);
             let seen = reached.clamp(keys.start, keys.end)..keys.end;
             let p = view(&scores.recent(&tile)[old.len() + seen.start - keys.start..]);
-            let p = p.slice_move(s![.., ..tile.len]);
-            add_to_keys(p, d_out, seen.clone(), first, &mut sums.v_before, &mut rows.v);
+            d_v.add_product(p.slice_move(s![.., ..tile.len]), d_out, seen.clone());
 
-            d_scores.softmax_backward(&scores, &tile, past.log_counts.len()); // (2)
+            d_scores.softmax_backward(&mut scores, &tile, past.log_counts.len(), &past.shares); // (2)
+
+            // (4)
+            if piece.sends_through_cache() {
+                let p = view(&scores.content).slice_move(s![.., ..tile.len]);
+                add_product(p, d_out, sums.cached_values.view_mut());
+            }
 
             // (1)
             let q_content = scores.q_content(&tile);
             let d_recent = view(&d_scores.recent(&tile)[old.len() + seen.start - keys.start..]);
-            let d_recent = d_recent.slice_move(s![.., ..tile.len]);
-            add_to_keys(d_recent, q_content, seen, first, &mut sums.k_hat_before, &mut rows.k_hat);
+            d_k_hat.add_product(d_recent.slice_move(s![.., ..tile.len]), q_content, seen);
             if attention.cache {
                 let d_content = view(&d_scores.content).slice_move(s![.., ..tile.len]);
                 add_product(d_content, q_content, sums.codewords.view_mut());
@@ -179,7 +182,7 @@ fn run_segment<T: Scalar>(
                 d_scores.content.fill([T::zero(); LANES]);
             }
             d_scores.scatter(piece, &tile);
-            let mut d_q = rows.q.slice_mut(s![tile.queries().start - first..tile.queries().end - first, ..]);
+            let mut d_q = d_q.slice_mut(s![tile.queries().start - first..tile.queries().end - first, ..]);
             let d_content = view(&d_scores.content).slice_move(s![.., ..tile.len]);
             product(d_content.t(), inputs.codewords, d_q.view_mut());
             let d_old = view(&d_scores.recent(&tile)[..old.len()]).slice_move(s![.., ..tile.len]);
@@ -196,34 +199,25 @@ fn run_segment<T: Scalar>(
                 d_q += &d_q_position;
             }
         }
+        if n > blocks.start {
+            let g = sums.cached_values.view();
+            past.leave(piece, &piece.block(n - 1), |key, code| {
+                if piece.sends_through_cache() {
+                    d_v.add(key, g.row(code as usize));
+                }
+            });
+        }
     }
-    sums
+    SegmentGradients { k_hat_before: d_k_hat.before, v_before: d_v.before, ..sums }
 }
 
-/// Adds A B to the rows of keys `keys`: those from `first` on to `own`, those before it to the last rows of `before`. The last
-/// keys are the queries' own, whose rows begin here: they are written.
-fn add_to_keys<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    keys: Range<usize>,
-    first: usize,
-    before: &mut Array2<T>,
-    own: &mut ArrayViewMut2<'_, T>,
-) {
-    // Keys before the segment, keys before the queries, and the queries' own.
-    let (cut, diagonal) = (first.clamp(keys.start, keys.end), keys.end - b.nrows());
-    let part = |from: usize, to: usize| a.slice_move(s![from - keys.start..to - keys.start, ..]);
-    if keys.start < cut {
-        let row = |key: usize| before.nrows() + key - first;
-        let rows = row(keys.start)..row(cut);
-        add_product(part(keys.start, cut), b, before.slice_mut(s![rows, ..]));
-    }
-    if cut < diagonal {
-        add_product(part(cut, diagonal), b, own.slice_mut(s![cut - first..diagonal - first, ..]));
-    }
-    let a = (part(diagonal, keys.end), Triangle::Upper);
-    // The first tile that sees a key is its own.
-    triangle_product(a, b, own.slice_mut(s![diagonal - first..keys.end - first, ..]), false);
+/// Asks for what the tile before this one reads first.
+fn prefetch_before<T: Scalar>(piece: &Piece<'_, T>, tile: &Tile, d_out: ArrayView2<'_, T>) {
+    let before = |position: usize| position.saturating_sub(LANES)..position;
+    let queries = before(tile.queries().start);
+    prefetch(piece.inputs.q.slice(s![queries.clone(), ..]));
+    prefetch(d_out.slice(s![queries, ..]));
+    prefetch(piece.inputs.v.slice(s![before(tile.parts().1.start), ..]));
 }
 
 /// d_p <- v d_o^T, of the keys' values and the queries' gradients. The last keys are the queries' own, which earlier queries do
@@ -246,77 +240,17 @@ fn lanes<T: Scalar>(all: ArrayView1<'_, T>, tile: &Tile) -> Row<T> {
     row
 }
 
-/// (4): what later queries send to values that they read through the cache. `counts` are those of before the piece.
-///
-/// Codes are shared among `groups` tasks: each has their rows of G and the keys that bear them, so no sum is cut.
-fn cached_values<T: Scalar>(
-    piece: &Piece<'_, T>,
-    lse: ArrayView1<'_, T>,
-    mut counts: Array1<u64>,
-    d_out: ArrayView2<'_, T>,
-    mut d_v: ArrayViewMut2<'_, T>,
-    groups: usize,
-) {
-    // Counts as the last block sees them.
-    let last = piece.block(piece.n_blocks() - 1);
-    let entered = piece.window.codes.len() - last.carried + last.first_key;
-    for &code in piece.window.codes.iter().chain(&piece.codes).take(entered) {
-        counts[code as usize] += 1;
-    }
-    let per_group = counts.len().div_ceil(groups.max(1));
-    let mut keys: Vec<Vec<_>> = (0..counts.len().div_ceil(per_group)).map(|_| vec![]).collect();
-    let rows = d_v.rows_mut().into_iter().zip(&piece.codes).enumerate();
-    for (j, (d_v, &code)) in rows.take(last.first_key) {
-        keys[code as usize / per_group].push((j, d_v));
-    }
-    let counts = counts.axis_chunks_iter_mut(Axis(0), per_group).into_par_iter();
-    counts.zip(keys).enumerate().for_each(|(group, (counts, keys))| {
-        let first = group * per_group;
-        cached_values_of(piece, first..first + counts.len(), counts, lse, d_out, keys);
-    });
-}
-
-/// How many keys before its turn a row is asked for.
-const AHEAD: usize = 8;
-
-/// (4) for the keys of some codes: their positions and the gradients of their values.
-fn cached_values_of<T: Scalar>(
-    piece: &Piece<'_, T>,
-    codes: Range<usize>,
-    mut counts: ArrayViewMut1<'_, u64>,
-    lse: ArrayView1<'_, T>,
-    d_out: ArrayView2<'_, T>,
-    mut keys: Vec<(usize, ArrayViewMut1<'_, T>)>,
-) {
-    let first = codes.start;
-    let mut scores = Scores::of_codes(piece, codes);
-    let mut g = Array2::<T>::zeros((counts.len(), d_out.ncols()));
-    // Before the first block that begins beyond the window, only carried keys are cached: constants.
-    let blocks = (0..piece.n_blocks()).rev().map(|n| piece.block(n));
-    for block in blocks.take_while(|block| block.first_key > 0) {
-        // A code without keys is kept out; its exponential could overflow.
-        let gate = |&n: &u64| if n > 0 { T::zero() } else { T::neg_infinity() };
-        let gates: Vec<T> = counts.iter().map(gate).collect();
-        for tile in block.tiles().rev() {
-            let earlier = tile.queries().start.saturating_sub(LANES)..tile.queries().start;
-            prefetch(piece.inputs.q.slice(s![earlier.clone(), ..]));
-            prefetch(d_out.slice(s![earlier, ..]));
-            scores.fill_content(piece, &tile);
-            scores.exponentiate_cached(&gates, &lanes(lse, &tile));
-            let p = view(&scores.content).slice_move(s![.., ..tile.len]);
-            add_product(p, d_out.slice(s![tile.queries(), ..]), g.view_mut());
-        }
-        let entered = block.first_key.saturating_sub(piece.attention.block_len);
-        while let Some((j, mut d_v)) = keys.pop_if(|(j, _)| *j >= entered) {
-            if let Some((_, next)) = keys.len().checked_sub(AHEAD).map(|n| &keys[n]) {
-                prefetch(next.view().insert_axis(Axis(0)));
+/// Adds to each row the row of its code.
+fn add_by_code<T: Scalar>(of_codes: &Array2<T>, codes: &[u32], mut rows: ArrayViewMut2<'_, T>) {
+    const ROWS: usize = 128;
+    rows.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter().zip(codes.par_chunks(ROWS)).for_each(
+        |(mut rows, codes)| {
+            for (mut row, &code) in rows.rows_mut().into_iter().zip(codes) {
+                match (row.as_slice_mut(), of_codes.row(code as usize).to_slice()) {
+                    (Some(row), Some(g)) => on_best_simd!(add_to(g, row)),
+                    _ => row += &of_codes.row(code as usize),
+                }
             }
-            let code = piece.codes[j] as usize - first;
-            match (d_v.as_slice_mut(), g.row(code).to_slice()) {
-                (Some(d_v), Some(g)) => on_best_simd!(add_to(g, d_v)),
-                _ => d_v += &g.row(code),
-            }
-            counts[code] -= 1;
-        }
-    }
+        },
+    );
 }

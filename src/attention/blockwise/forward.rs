@@ -173,10 +173,12 @@ impl<T: Scalar> Values<T> {
 
     /// Takes in the values of keys before position `end`.
     fn take(&mut self, piece: &Piece<'_, T>, end: usize) {
-        for j in self.next..end {
-            self.recent.set(j % self.recent.rows(), piece.inputs.v.row(j));
+        while self.next < end {
+            let row = self.next % self.recent.rows();
+            let n = (end - self.next).min(self.recent.rows() - row);
+            self.recent.set_rows(row, piece.inputs.v.slice(s![self.next..self.next + n, ..]));
+            self.next += n;
         }
-        self.next = end;
     }
 
     /// out <- p v of the keys at these positions, the last of which are those of the queries.

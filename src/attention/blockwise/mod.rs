@@ -9,22 +9,22 @@
 //! (4)  keys more than M before the next block enter the cache
 //! ```
 //!
-//! Backward recomputes the scores and undoes 4 and 3, 2, 1 in two sweeps, so that no cache is kept per block:
+//! Backward lets all keys enter the cache, keeping what each replaced, and undoes 4 to 1 in one sweep backward in time, in which
+//! they leave it again. Scores are computed anew:
 //!
 //! ```text
-//! forward in time, with the cache as forward had it:
 //! (3)  dP_is = dO_i . mu_s     dp_ij = dO_i . v_j     dv_j += sum_i p_ij dO_i
 //! (2)  dA_is = P_is (dP_is - delta_i)     ds_ij = p_ij (dp_ij - delta_i)     delta_i = sum of P dP and p dp
+//! (4)  G_s += sum_i P_is / N_s dO_i where N_s > 0, then dv_j += G_{z_j} for the keys that entered here
 //! (1)  dq, du, dw, dr, dk^, dc
-//! backward in time, with one running statistic G [S, V]:
-//! (4)  G_s += sum_i exp(a_is - lse_i) dO_i  where N_s > 0, then dv_j += G_{z_j} for the keys that entered here
 //! ```
 //!
 //! A block's queries are taken 64 at a time (see `tile`), so scores of the whole block never exist together.
 //!
-//! Kept for backward: lse `[T]` and the state the piece began with. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
+//! Kept for backward: lse `[T]` and the state the piece began with; while it runs, one mean value per key of the segments under
+//! way. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
 //! forward (without the (M+1) K where there are no biases).
-//! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweeps of backward are this crate's.
+//! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweep of backward is this crate's.
 
 use std::ops::Range;
 
@@ -39,8 +39,9 @@ use crate::{Error, Scalar};
 
 mod backward;
 mod forward;
+mod replay;
 
-pub(super) use backward::{RowGradients, Tasks, run_backward};
+pub(super) use backward::{RowGradients, run_backward};
 pub(super) use forward::{RowOutputs, run};
 
 /// What backward needs of forward: O(T) and one state.
@@ -88,8 +89,7 @@ pub fn backward<T: Scalar>(
     let (mut d_q, mut d_k_hat) = (Array2::zeros(inputs.q.raw_dim()), Array2::zeros(inputs.q.raw_dim()));
     let mut d_v = Array2::zeros(inputs.v.raw_dim());
     let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
-    let tasks = Tasks { segments: 1, threads: rayon::current_num_threads() };
-    let (codewords, biases, _) = run_backward(attention, inputs, saved, d_out, rows, tasks);
+    let (codewords, biases, _) = run_backward(attention, inputs, saved, d_out, rows, 1);
     Ok(Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
 }
 
@@ -135,6 +135,11 @@ impl<'a, T: Scalar> Piece<'a, T> {
         prefetch(self.inputs.v.slice(s![next, ..]));
     }
 
+    /// Whether values receive gradient from queries that read them through the cache.
+    fn sends_through_cache(&self) -> bool {
+        self.attention.cache && self.attention.gradient_through_cache
+    }
+
     fn n_blocks(&self) -> usize {
         self.codes.len().div_ceil(self.attention.block_len)
     }
@@ -164,25 +169,38 @@ impl<'a, T: Scalar> Piece<'a, T> {
     /// (4), before `block`: keys more than M before it pass into the cache. Of the carried window's and then the piece's keys,
     /// `entered` have done so.
     fn enter(&self, block: &Block, entered: &mut usize, cache: &mut CompressiveCache<T>) {
-        self.enter_until(self.window.codes.len() - block.carried + block.first_key, entered, cache);
+        self.enter_until(self.entered_before(block), entered, cache, None);
+    }
+
+    /// How many keys have entered when `block` begins.
+    fn entered_before(&self, block: &Block) -> usize {
+        self.window.codes.len() - block.carried + block.first_key
     }
 
     /// (4), at the end of the piece.
     fn enter_last(&self, entered: &mut usize, cache: &mut CompressiveCache<T>) {
         let total = self.window.codes.len() + self.codes.len();
-        self.enter_until(total.saturating_sub(self.attention.window), entered, cache);
+        self.enter_until(total.saturating_sub(self.attention.window), entered, cache, None);
     }
 
-    fn enter_until(&self, end: usize, entered: &mut usize, cache: &mut CompressiveCache<T>) {
+    fn enter_until(
+        &self,
+        end: usize,
+        entered: &mut usize,
+        cache: &mut CompressiveCache<T>,
+        mut replaced: Option<&mut Vec<T>>,
+    ) {
         let held = self.window.codes.len();
         let carried = *entered..end.min(held);
         if !carried.is_empty() {
             let codes = self.window.codes.slice(s![carried.clone()]);
-            cache.push_rows(codes.as_slice().expect("contiguous"), self.window.v.slice(s![carried, ..]));
+            let (codes, values) = (codes.to_vec(), self.window.v.slice(s![carried, ..]));
+            cache.push_rows_keeping(&codes, values, replaced.as_deref_mut());
         }
         let own = (*entered).max(held) - held..end.max(held) - held;
         if !own.is_empty() {
-            cache.push_rows(&self.codes[own.clone()], self.inputs.v.slice(s![own, ..]));
+            let values = self.inputs.v.slice(s![own.clone(), ..]);
+            cache.push_rows_keeping(&self.codes[own], values, replaced);
         }
         *entered = end.max(*entered);
     }
@@ -270,10 +288,10 @@ mod tests {
     const T: usize = 300;
     const SIZES: (usize, usize, usize) = (7, 5, 9); // S, K, V
 
-    /// Outputs, and gradients in so many segments and groups of codes.
+    /// Outputs, and gradients in so many segments.
     fn run_in<X: Scalar>(
         attention: &VqAttention,
-        (segments, threads): (usize, usize),
+        segments: usize,
     ) -> (Output<X>, AttentionState<X>, Gradients<X>) {
         let (s, k, v) = SIZES;
         let (codewords, values, q) = (numbers((s, k), 1), numbers((T, v), 2), numbers((T, k), 3));
@@ -301,8 +319,8 @@ mod tests {
         let nan = || Array2::from_elem((T, k), X::nan());
         let (mut d_q, mut d_k_hat, mut d_v) = (nan(), nan(), Array2::from_elem((T, v), X::nan()));
         let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
-        let tasks = Tasks { segments, threads };
-        let (codewords, biases, finite) = run_backward(attention, &inputs, saved, d_out.view(), rows, tasks);
+        let (codewords, biases, finite) =
+            run_backward(attention, &inputs, saved, d_out.view(), rows, segments);
         assert!(finite);
         (output, state, Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
     }
@@ -312,16 +330,16 @@ mod tests {
         for (block_len, window) in [(16, 16), (70, 30), (8, 100), (1, 3), (64, 0)] {
             for (cache, gradient_through_cache) in [(true, true), (true, false), (false, true)] {
                 let attention = VqAttention { block_len, window, cache, gradient_through_cache };
-                let (output, state, d) = run_in::<f64>(&attention, (1, 1));
-                for tasks in [(2, 1), (3, 2), (5, 7), (1000, 3)] {
-                    let (output_in, state_in, d_in) = run_in::<f64>(&attention, tasks);
+                let (output, state, d) = run_in::<f64>(&attention, 1);
+                for segments in [2, 3, 5, 1000] {
+                    let (output_in, state_in, d_in) = run_in::<f64>(&attention, segments);
                     assert_eq!(output.out, output_in.out);
                     assert_eq!(output.lse, output_in.lse);
                     assert_eq!(output.cached_mass, output_in.cached_mass);
                     assert_eq!(state, state_in);
                     let (biases, biases_in) = (d.biases.as_ref().unwrap(), d_in.biases.unwrap());
                     let bound = |what, error: f64| {
-                        assert!(error < 1e-13, "{what}: {error:e}, {attention:?}, {tasks:?}");
+                        assert!(error < 1e-13, "{what}: {error:e}, {attention:?}, {segments}");
                     };
                     bound("q", relative_rms(&d_in.q, &d.q));
                     bound("k_hat", relative_rms(&d_in.k_hat, &d.k_hat));
@@ -331,9 +349,6 @@ mod tests {
                     bound("position", relative_rms(&biases_in.position, &biases.position));
                     bound("relative", relative_rms(&biases_in.relative, &biases.relative));
                 }
-                // How codes are shared among threads changes no bit.
-                let (a, b) = (run_in::<f32>(&attention, (3, 1)).2.v, run_in::<f32>(&attention, (3, 4)).2.v);
-                assert_eq!(a, b);
             }
         }
     }

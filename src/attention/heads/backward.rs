@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{BatchBiasGradients, BatchGradients, BatchInputs, BatchSaved, fit, parts};
 use crate::Scalar;
 use crate::attention::VqAttention;
-use crate::attention::blockwise::{self, RowGradients, Tasks};
+use crate::attention::blockwise::{self, RowGradients};
 use crate::codebook::assign::KEYS_PER_TASK;
 use crate::codebook::{Estimator, commitment};
 use crate::ops::matmul::prefetch;
@@ -40,10 +40,7 @@ pub(super) fn run<T: Scalar>(
         relative: Array3::zeros(biases.relative.raw_dim()),
     });
     let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
-    let tasks = Tasks {
-        segments: TASKS.div_ceil((b * h).max(1)).min(t / SEGMENT),
-        threads: rayon::current_num_threads().div_ceil((b * h).max(1)),
-    };
+    let segments = TASKS.div_ceil((b * h).max(1)).min(t / SEGMENT);
     let buffers =
         parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
     let of_heads: Vec<_> = heads
@@ -57,7 +54,7 @@ pub(super) fn run<T: Scalar>(
             let d_out = d_out.slice(s![n / h, n % h, .., ..]);
             let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
             let (mut d_c, biases, finite) =
-                blockwise::run_backward(attention, &head, saved, d_out, rows, tasks); // (2)
+                blockwise::run_backward(attention, &head, saved, d_out, rows, segments); // (2)
             let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
             estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut());
             let finite_keys = d_k

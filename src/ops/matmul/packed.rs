@@ -8,7 +8,7 @@
 //! written one at a time, so that a matrix of which little changes is packed once.
 
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
 use super::tile::{DEPTH, Operands, Rows, Triangle, VECTORS, all_rows};
 use crate::Scalar;
@@ -40,7 +40,7 @@ impl<T: Scalar> PackedRows<T> {
     /// A copy of these rows, of any strides.
     pub fn from_rows(rows: ArrayView2<'_, T>) -> Self {
         let mut packed = Self::zeros(rows.nrows(), rows.ncols());
-        rows.rows().into_iter().enumerate().for_each(|(n, row)| packed.set(n, row));
+        packed.set_rows(0, rows);
         packed
     }
 
@@ -53,17 +53,20 @@ impl<T: Scalar> PackedRows<T> {
     /// # Shapes
     /// `x` [columns], of any stride.
     pub fn set(&mut self, row: usize, x: ArrayView1<'_, T>) {
-        debug_assert!(row < self.rows && x.len() == self.columns);
-        let (panel, width) = (self.panel, self.width);
-        let elements = &mut self.elements[row * width..];
-        match x.to_slice() {
-            Some(x) => dispatch!(self.level, simd => set_row(simd, x, elements, panel)),
-            None => {
-                for (column, &x) in x.iter().enumerate() {
-                    elements[column / width * panel + column % width] = x;
-                }
-            }
+        self.set_rows(row, x.insert_axis(Axis(0)));
+    }
+
+    /// Rows `row` and after <- `x`.
+    ///
+    /// # Shapes
+    /// `x` [n, columns], of any strides.
+    pub fn set_rows(&mut self, row: usize, x: ArrayView2<'_, T>) {
+        debug_assert!(row + x.nrows() <= self.rows && x.ncols() == self.columns);
+        if x.is_empty() {
+            return;
         }
+        let elements = &mut self.elements[row * self.width..];
+        dispatch!(self.level, simd => set_rows(simd, x, elements, self.panel));
     }
 
     /// C <- A B, or C + A B, B being the k rows from `from` on.
@@ -114,20 +117,29 @@ fn width<S: Simd, T: Scalar>(_: S) -> usize {
     VECTORS * T::Vector::<S>::LEN
 }
 
-/// Writes a row to panels that lie `panel` elements apart.
+/// Writes rows to panels that lie `panel` elements apart.
 #[inline(always)]
-fn set_row<S: Simd, T: Scalar>(simd: S, x: &[T], elements: &mut [T], panel: usize) {
+fn set_rows<S: Simd, T: Scalar>(simd: S, rows: ArrayView2<'_, T>, elements: &mut [T], panel: usize) {
     let (lanes, width) = (T::Vector::<S>::LEN, width::<S, T>(simd));
-    for (n, x) in x.chunks(width).enumerate() {
-        let to = &mut elements[n * panel..][..x.len()];
-        let (x, x_rest) = x.split_at(x.len() / lanes * lanes);
-        let (to, to_rest) = to.split_at_mut(x.len());
-        // Not copy_from_slice: a call costs more than so short a copy.
-        for (x, to) in x.chunks_exact(lanes).zip(to.chunks_exact_mut(lanes)) {
-            T::Vector::<S>::from_slice(simd, x).store_slice(to);
-        }
-        for (&x, to) in x_rest.iter().zip(to_rest) {
-            *to = x;
+    for (i, row) in rows.rows().into_iter().enumerate() {
+        let elements = &mut elements[i * width..];
+        let Some(row) = row.to_slice() else {
+            for (column, &x) in row.iter().enumerate() {
+                elements[column / width * panel + column % width] = x;
+            }
+            continue;
+        };
+        for (n, x) in row.chunks(width).enumerate() {
+            let to = &mut elements[n * panel..][..x.len()];
+            let (x, x_rest) = x.split_at(x.len() / lanes * lanes);
+            let (to, to_rest) = to.split_at_mut(x.len());
+            // Not copy_from_slice: a call costs more than so short a copy.
+            for (x, to) in x.chunks_exact(lanes).zip(to.chunks_exact_mut(lanes)) {
+                T::Vector::<S>::from_slice(simd, x).store_slice(to);
+            }
+            for (&x, to) in x_rest.iter().zip(to_rest) {
+                *to = x;
+            }
         }
     }
 }
