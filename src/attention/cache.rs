@@ -18,10 +18,17 @@
 //! sequence was cut into blocks and pieces.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
 
 use crate::error::{check_finite, check_shape};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
+
+/// Numbers that enter at once from which on threads share the columns.
+const SHARED: usize = 1 << 20;
+
+/// Columns that one thread takes at least.
+const COLUMNS: usize = 64;
 
 /// One count and one mean value per code: all that attention needs to know of keys beyond the window.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,8 +98,23 @@ impl<T: Scalar> CompressiveCache<T> {
         replaced: Option<&mut Vec<T>>,
     ) {
         debug_assert_eq!(values.dim(), (codes.len(), self.mean.ncols()));
-        let state = (self.mean.view_mut(), self.residual.view_mut());
-        on_best_simd!(push_rows(state, &mut self.count, codes, values, replaced));
+        let mut share = |&code: &u32| {
+            let count = &mut self.count[code as usize];
+            *count += 1; // (1)
+            T::one() / T::from_f64(*count as f64)
+        };
+        let shares: Vec<T> = codes.iter().map(&mut share).collect();
+        if replaced.is_some() || values.len() < SHARED {
+            let state = (self.mean.view_mut(), self.residual.view_mut());
+            on_best_simd!(move_means(state, (codes, &shares), values, replaced));
+            return;
+        }
+        let columns = values.ncols().div_ceil(rayon::current_num_threads()).max(COLUMNS);
+        let means = self.mean.axis_chunks_iter_mut(Axis(1), columns).into_par_iter();
+        let state = means.zip(self.residual.axis_chunks_iter_mut(Axis(1), columns));
+        state.zip(values.axis_chunks_iter(Axis(1), columns)).for_each(|(state, values)| {
+            on_best_simd!(move_means(state, (codes, &shares), values, None));
+        });
     }
 
     /// Takes out the last token of this code, given the mean that it replaced. The residual is not brought back: a cache from
@@ -149,18 +171,16 @@ impl<T: Scalar> CompressiveCache<T> {
     }
 }
 
+/// (2) for each token in turn: its code and 1 / N, and its value; some columns of all of them.
 #[inline(always)]
-fn push_rows<T: Scalar>(
+fn move_means<T: Scalar>(
     (mut means, mut residuals): (ArrayViewMut2<'_, T>, ArrayViewMut2<'_, T>),
-    counts: &mut Array1<u64>,
-    codes: &[u32],
+    (codes, shares): (&[u32], &[T]),
     values: ArrayView2<'_, T>,
     mut replaced: Option<&mut Vec<T>>,
 ) {
-    for (&code, value) in codes.iter().zip(values.rows()) {
+    for ((&code, &share), value) in codes.iter().zip(shares).zip(values.rows()) {
         let s = code as usize;
-        counts[s] += 1; // (1)
-        let share = T::one() / T::from_f64(counts[s] as f64);
         let (mut mean, mut residual) = (means.row_mut(s), residuals.row_mut(s));
         if let (Some(replaced), Some(mean)) = (&mut replaced, mean.as_slice()) {
             replaced.extend_from_slice(mean);
@@ -230,6 +250,43 @@ mod tests {
         // The test can tell: a mean without the residual is outside.
         let error = (f64::from(plain) - exact).abs();
         assert!(error > bound, "plain: {error:e} against {bound:e}");
+    }
+
+    #[test]
+    fn many_at_once_leave_the_bits_of_one_by_one_on_any_number_of_threads() {
+        const V: usize = 200;
+        let n = SHARED / V + 1;
+        let codes: Vec<u32> = (0..n as u32).map(|j| j * j % 7).collect();
+        let values = Array2::from_shape_fn((n, V), |(j, v)| ((j * V + v) as f32).sin());
+        let mut one_by_one = CompressiveCache::new(7, V);
+        codes.iter().zip(values.rows()).for_each(|(&code, v)| one_by_one.push(code, v));
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut cache = CompressiveCache::new(7, V);
+            pool.install(|| cache.push_rows(&codes, values.view()));
+            assert_eq!(cache, one_by_one);
+        }
+    }
+
+    #[test]
+    fn what_is_taken_out_leaves_the_cache_of_before() {
+        let values = Array2::from_shape_fn((40, 3), |(j, v)| ((j * 3 + v) as f32).sin());
+        let codes: Vec<u32> = (0..40).map(|j| j * j % 5).collect();
+        let mut befores = vec![CompressiveCache::new(5, 3)];
+        let mut replaced = vec![];
+        for (j, &code) in codes.iter().enumerate() {
+            let mut cache = befores[j].clone();
+            let value = values.row(j).insert_axis(Axis(0));
+            cache.push_rows_keeping(&[code], value, Some(&mut replaced));
+            befores.push(cache);
+        }
+        let mut cache = befores.pop().unwrap();
+        for (&code, before) in codes.iter().zip(&befores).rev() {
+            let rest = replaced.len() - 3;
+            cache.take_out(code, &replaced[rest..]);
+            replaced.truncate(rest);
+            assert_eq!((&cache.mean, &cache.count), (&before.mean, &before.count));
+        }
     }
 
     #[test]
