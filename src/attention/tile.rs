@@ -10,6 +10,8 @@
 //! (3)  p = exp(score + ln N - shift_i)
 //! ```
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::block::Tile;
@@ -35,6 +37,8 @@ pub(super) fn view_mut<T>(rows: &mut [Row<T>]) -> ArrayViewMut2<'_, T> {
 /// Buffers for the scores of one tile, made once per piece.
 #[derive(Debug)]
 pub(super) struct Scores<T> {
+    /// The codes whose scores these are.
+    codes: Range<usize>,
     /// (1), then p of cached codes [S].
     pub content: Rows<T>,
     /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
@@ -56,6 +60,7 @@ impl<T: Scalar> Scores<T> {
         let rows = attention.block_len.min(t) + attention.window.min(piece.window.codes.len() + t);
         let biased = if piece.inputs.biases.is_some() { LANES } else { 0 };
         Scores {
+            codes: 0..piece.inputs.codewords.nrows(),
             content: Rows::zeros(piece.inputs.codewords.nrows()),
             recent: Rows::zeros(rows),
             q_content: Array2::zeros((LANES, k)),
@@ -65,11 +70,25 @@ impl<T: Scalar> Scores<T> {
         }
     }
 
+    /// Buffers for (1) of some codes only, without recent keys.
+    pub fn of_codes(piece: &Piece<'_, T>, codes: Range<usize>) -> Self {
+        let k = piece.inputs.q.ncols();
+        Scores {
+            content: Rows::zeros(codes.len()),
+            codes,
+            recent: Rows::zeros(0),
+            q_content: Array2::zeros((LANES, k)),
+            q_content_t: Rows::zeros(k),
+            q_position: Array2::zeros((0, k)),
+            bias: skew::zeros(0, 0),
+        }
+    }
+
     /// Takes in the tile's queries and computes (1).
     pub fn fill_content(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let q = piece.inputs.q.slice(s![tile.queries(), ..]);
         let content = self.q_content.as_slice_mut().expect("contiguous");
-        if piece.inputs.biases.is_some() {
+        if self.q_position.nrows() > 0 {
             let position = self.q_position.as_slice_mut().expect("contiguous");
             let terms: [&[T]; 2] = [&piece.content_bias, &piece.position_bias];
             on_best_simd!(add_terms(q, terms, [content, position]));
@@ -77,7 +96,8 @@ impl<T: Scalar> Scores<T> {
             on_best_simd!(add_terms(q, [&piece.content_bias], [content]));
         }
         transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
-        product(piece.inputs.codewords, view(&self.q_content_t), view_mut(&mut self.content));
+        let codewords = piece.inputs.codewords.slice(s![self.codes.clone(), ..]);
+        product(codewords, view(&self.q_content_t), view_mut(&mut self.content));
     }
 
     /// Computes (2) from (1); minus infinity where a query does not see a key.

@@ -1,15 +1,16 @@
-//! The sweep backward in time: formulas (4) to (1) of the module above, segment by segment.
+//! Formulas (3) to (1) of the module above, segment by segment, and (4) where values are narrow.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use super::cached::cached_values;
 use super::replay::{KeyRows, Replay};
-use super::{Piece, Saved, Segment};
+use super::{Piece, Running, Saved, Segment};
 use crate::Scalar;
 use crate::attention::block::Tile;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
-use crate::attention::{BiasGradients, Inputs, VqAttention};
+use crate::attention::{BiasGradients, CompressiveCache, Inputs, VqAttention};
 use crate::ops::matmul::{add_product, prefetch, product};
 use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
@@ -32,7 +33,7 @@ impl<'a, T> RowGradients<'a, T> {
     }
 }
 
-/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums; returns the gradients of
+/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums (threads do not); returns the gradients of
 /// the codewords and of the biases, and whether q, v and `d_out` are finite.
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,
@@ -41,9 +42,11 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
     d_out: ArrayView2<'_, T>,
     mut rows: RowGradients<'_, T>,
     segments: usize,
+    threads: usize,
 ) -> (Array2<T>, Option<BiasGradients<T>>, bool) {
     let piece = Piece::new(attention, inputs.reborrow(), saved.start.window_keys());
     let mut cache = saved.start.cache;
+    let counts = cache.count().to_owned();
     let segments = piece.segments(segments, &mut cache);
     drop(cache);
     let starts: Vec<_> =
@@ -73,10 +76,13 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
         }
         sums.finite &= segment.finite;
     }
+    if piece.sends_through_cache() && !piece.narrow() && piece.n_blocks() > 0 {
+        cached_values(&piece, lse, counts, d_out, rows.v.view_mut(), threads); // (4)
+    }
     // (4): keys that had entered before a segment were seen by all its queries.
     let mut later = sums.cached_values;
     let held = piece.window.codes.len();
-    let through_cache = done.iter().enumerate().skip(1).filter(|_| piece.sends_through_cache());
+    let through_cache = done.iter().enumerate().skip(1).filter(|_| piece.sums_g());
     for (n, segment) in through_cache.rev() {
         later += &segment.cached_values;
         let keys = starts[n - 1].1.max(held) - held..starts[n].1.max(held) - held;
@@ -111,13 +117,29 @@ impl<T: Scalar> SegmentGradients<T> {
                 position: Array1::zeros(k),
                 relative: Array2::zeros(biases.relative.raw_dim()),
             }),
-            cached_values: Array2::zeros((if piece.sends_through_cache() { n_codes } else { 0 }, v)),
+            cached_values: Array2::zeros((if piece.sums_g() { n_codes } else { 0 }, v)),
             finite: true,
         }
     }
 }
 
-/// The sweep over the blocks of one segment, the last first.
+/// The cache as a sweep meets it.
+enum Past<T> {
+    Forward(Running<T>),
+    Backward(Replay<T>),
+}
+
+impl<T: Scalar> Past<T> {
+    /// The cache, ln N_s of the codes that are read through it, and 1 / N_s if they are wanted.
+    fn parts(&self) -> (&CompressiveCache<T>, &[T], &[T]) {
+        match self {
+            Past::Forward(past) => (&past.cache, &past.log_counts, &[]),
+            Past::Backward(past) => (&past.cache, &past.log_counts, &past.shares),
+        }
+    }
+}
+
+/// The sweep over the blocks of one segment.
 fn run_segment<T: Scalar>(
     piece: &Piece<'_, T>,
     segment: Segment<T>,
@@ -128,33 +150,49 @@ fn run_segment<T: Scalar>(
     let (attention, inputs) = (piece.attention, &piece.inputs);
     let first = segment.queries(piece).start;
     let blocks = segment.blocks.clone();
-    let mut past = Replay::new(piece, segment);
+    let backward = piece.sums_g();
+    let mut past = if backward {
+        Past::Backward(Replay::new(piece, segment))
+    } else {
+        Past::Forward(Running::new(piece, segment.cache, segment.entered))
+    };
     let reach = if attention.gradient_through_cache { attention.window.min(first) } else { 0 };
     let mut sums = SegmentGradients::zeros(piece);
     let mut d_q = rows.q;
-    let (mut d_k_hat, mut d_v) = (KeyRows::new(rows.k_hat, first, reach), KeyRows::new(rows.v, first, reach));
+    let (d_k_hat, d_v) = (rows.k_hat, rows.v);
+    let key_rows = |rows| KeyRows::new(rows, first, reach, backward);
+    let (mut d_k_hat, mut d_v) = (key_rows(d_k_hat), key_rows(d_v));
     let mut scores = Scores::new(piece);
     let mut d_scores = ScoreGradients::new(&scores);
     let mut d_out_t = Rows::zeros(d_out.ncols());
     let mut d_q_position = Array2::zeros((LANES, inputs.q.ncols()));
-    for n in blocks.clone().rev() {
+    for n in 0..blocks.len() {
+        let n = if backward { blocks.end - 1 - n } else { blocks.start + n };
         let block = piece.block(n);
+        if let Past::Forward(past) = &mut past {
+            past.enter(piece, &block);
+        }
+        let (cache, log_counts, shares) = past.parts();
+        let mut tiles: Vec<_> = block.tiles().collect();
+        if backward {
+            tiles.reverse();
+        }
         // The first key that receives gradient.
         let reached = if attention.gradient_through_cache { block.first_key } else { block.start };
-        for tile in block.tiles().rev() {
-            prefetch_before(piece, &tile, d_out);
+        for tile in tiles {
+            prefetch_next(piece, &tile, d_out, backward);
             let d_out = d_out.slice(s![tile.queries(), ..]);
             transpose(d_out, &mut d_out_t);
             scores.fill_content(piece, &tile);
             scores.fill_recent(piece, &tile);
             let shift = lanes(lse, &tile);
-            scores.exponentiate_cached(&past.log_counts, &shift);
+            scores.exponentiate_cached(log_counts, &shift);
             scores.exponentiate_recent(&tile, &shift);
 
             // (3)
             let (old, keys) = tile.parts();
             if attention.cache {
-                product(past.cache.mean(), view(&d_out_t), view_mut(&mut d_scores.content));
+                product(cache.mean(), view(&d_out_t), view_mut(&mut d_scores.content));
             }
             let (d_old, d_new) = d_scores.recent_mut(&tile).split_at_mut(old.len());
             product(piece.carried_values(&tile), view(&d_out_t), view_mut(d_old));
@@ -163,10 +201,10 @@ fn run_segment<T: Scalar>(
             let p = view(&scores.recent(&tile)[old.len() + seen.start - keys.start..]);
             d_v.add_product(p.slice_move(s![.., ..tile.len]), d_out, seen.clone());
 
-            d_scores.softmax_backward(&mut scores, &tile, past.log_counts.len(), &past.shares); // (2)
+            d_scores.softmax_backward(&mut scores, &tile, log_counts.len(), shares); // (2)
 
             // (4)
-            if piece.sends_through_cache() {
+            if backward {
                 let p = view(&scores.content).slice_move(s![.., ..tile.len]);
                 add_product(p, d_out, sums.cached_values.view_mut());
             }
@@ -199,20 +237,24 @@ fn run_segment<T: Scalar>(
                 d_q += &d_q_position;
             }
         }
-        if n > blocks.start {
+        if let Past::Backward(past) = &mut past
+            && n > blocks.start
+        {
             let g = sums.cached_values.view();
-            past.leave(piece, &piece.block(n - 1), |key, code| {
-                if piece.sends_through_cache() {
-                    d_v.add(key, g.row(code as usize));
-                }
-            });
+            past.leave(piece, &piece.block(n - 1), |key, code| d_v.add(key, g.row(code as usize)));
         }
     }
     SegmentGradients { k_hat_before: d_k_hat.before, v_before: d_v.before, ..sums }
 }
 
-/// Asks for what the tile before this one reads first.
-fn prefetch_before<T: Scalar>(piece: &Piece<'_, T>, tile: &Tile, d_out: ArrayView2<'_, T>) {
+/// Asks for what the tile before or after this one reads first.
+fn prefetch_next<T: Scalar>(piece: &Piece<'_, T>, tile: &Tile, d_out: ArrayView2<'_, T>, backward: bool) {
+    if !backward {
+        piece.prefetch(tile);
+        let end = tile.queries().end;
+        prefetch(d_out.slice(s![end..d_out.nrows().min(end + LANES), ..]));
+        return;
+    }
     let before = |position: usize| position.saturating_sub(LANES)..position;
     let queries = before(tile.queries().start);
     prefetch(piece.inputs.q.slice(s![queries.clone(), ..]));
@@ -232,7 +274,7 @@ fn values_product<T: Scalar>(v: ArrayView2<'_, T>, d_out_t: &[Row<T>], d_p: &mut
 }
 
 /// The tile's part of one number per query.
-fn lanes<T: Scalar>(all: ArrayView1<'_, T>, tile: &Tile) -> Row<T> {
+pub(super) fn lanes<T: Scalar>(all: ArrayView1<'_, T>, tile: &Tile) -> Row<T> {
     let mut row = [T::zero(); LANES];
     for (lane, &x) in row.iter_mut().zip(all.slice(s![tile.queries()])) {
         *lane = x;

@@ -18,9 +18,9 @@ use crate::ops::simd::on_best_simd;
 pub(super) struct Replay<T> {
     /// As the current block sees it.
     pub cache: CompressiveCache<T>,
-    /// ln N_s of the codes that a query reads through it `[S]`; empty where it is not read.
+    /// ln N_s `[S]`.
     pub log_counts: Vec<T>,
-    /// 1 / N_s of the same codes, 0 without keys.
+    /// 1 / N_s `[S]`, 0 without keys.
     pub shares: Vec<T>,
     /// The means that keys replaced, in the order in which they entered.
     replaced: Vec<T>,
@@ -32,9 +32,6 @@ impl<T: Scalar> Replay<T> {
     /// At the last block of a segment.
     pub fn new(piece: &Piece<'_, T>, segment: Segment<T>) -> Self {
         let Segment { blocks, mut cache, mut entered } = segment;
-        if !piece.attention.cache {
-            return Replay { cache, log_counts: vec![], shares: vec![], replaced: vec![], entered };
-        }
         let all = piece.entered_before(&piece.block(blocks.end - 1));
         let mut replaced = Vec::with_capacity((all - entered) * piece.inputs.v.ncols());
         piece.enter_until(all, &mut entered, &mut cache, Some(&mut replaced));
@@ -46,9 +43,6 @@ impl<T: Scalar> Replay<T> {
     /// Undoes (4): takes out the keys that `block` does not see in the cache, the last first. `f` is told the position and the
     /// code of each that is the piece's own.
     pub fn leave(&mut self, piece: &Piece<'_, T>, block: &Block, mut f: impl FnMut(usize, u32)) {
-        if !piece.attention.cache {
-            return;
-        }
         let (held, width) = (piece.window.codes.len(), piece.inputs.v.ncols());
         let before = piece.entered_before(block).min(self.entered);
         for n in (before..self.entered).rev() {
@@ -73,7 +67,9 @@ fn share<T: Scalar>(count: u64) -> T {
     if count == 0 { T::zero() } else { T::one() / T::from_f64(count as f64) }
 }
 
-/// Gradients of keys or of their values, one row per position, which a sweep meets in falling order.
+/// Gradients of keys or of their values, one row per position.
+///
+/// A sweep in falling order meets a row with the last tile that sees the key, a sweep in rising order with the key's own.
 pub(super) struct KeyRows<'a, T> {
     /// Of the last keys before the segment.
     pub before: Array2<T>,
@@ -81,14 +77,14 @@ pub(super) struct KeyRows<'a, T> {
     own: ArrayViewMut2<'a, T>,
     /// Position of the first of these.
     first: usize,
-    /// Rows from this position on have been met.
-    met: usize,
+    /// In falling order: rows from this position on have been met. None in rising order.
+    met: Option<usize>,
 }
 
 impl<'a, T: Scalar> KeyRows<'a, T> {
-    /// Of the keys from `first` on and of `reach` keys before it.
-    pub fn new(own: ArrayViewMut2<'a, T>, first: usize, reach: usize) -> Self {
-        let met = first + own.nrows();
+    /// Of the keys from `first` on and of `reach` keys before it, for a sweep in falling or rising order.
+    pub fn new(own: ArrayViewMut2<'a, T>, first: usize, reach: usize, falling: bool) -> Self {
+        let met = falling.then_some(first + own.nrows());
         KeyRows { before: Array2::zeros((reach, own.ncols())), own, first, met }
     }
 
@@ -109,22 +105,23 @@ impl<'a, T: Scalar> KeyRows<'a, T> {
     pub fn add_product(&mut self, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, keys: Range<usize>) {
         let own = keys.end - b.nrows();
         let within = |position: usize| position.clamp(keys.start, keys.end);
-        let mut cuts = [keys.start, own, within(self.first), within(self.met), keys.end];
+        let mut cuts = [keys.start, own, within(self.first), within(self.met.unwrap_or(own)), keys.end];
         cuts.sort_unstable();
         for part in cuts.windows(2).filter(|part| part[0] < part[1]) {
             let a = a.slice(s![part[0] - keys.start..part[1] - keys.start, ..]);
             let triangle = if part[0] == own { Triangle::Upper } else { Triangle::Full };
             // Rows before the segment begin as zeros.
-            let add = part[0] >= self.met || part[0] < self.first;
+            let add = part[0] < self.first || self.met.map_or(part[0] < own, |met| part[0] >= met);
             triangle_product((a, triangle), b, self.rows(part[0]..part[1]), add);
         }
-        self.met = self.met.min(keys.start.max(self.first));
+        self.met = self.met.map(|met| met.min(keys.start.max(self.first)));
     }
 
-    /// Adds a row to that of `key`, which has been met or is the last that has not.
+    /// In falling order: adds a row to that of `key`, which has been met or is the last that has not.
     pub fn add(&mut self, key: usize, row: ArrayView1<'_, T>) {
-        let add = key >= self.met || key < self.first;
-        debug_assert!(add || key + 1 == self.met);
+        let met = self.met.expect("falling order");
+        let add = key >= met || key < self.first;
+        debug_assert!(add || key + 1 == met);
         let mut rows = self.rows(key..key + 1);
         let mut sum = rows.row_mut(0);
         match (sum.as_slice_mut(), row.to_slice()) {
@@ -132,6 +129,6 @@ impl<'a, T: Scalar> KeyRows<'a, T> {
             _ if add => sum += &row,
             _ => sum.assign(&row),
         }
-        self.met = self.met.min(key.max(self.first));
+        self.met = Some(met.min(key.max(self.first)));
     }
 }

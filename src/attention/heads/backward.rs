@@ -41,6 +41,7 @@ pub(super) fn run<T: Scalar>(
     });
     let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
     let segments = TASKS.div_ceil((b * h).max(1)).min(t / SEGMENT);
+    let threads = rayon::current_num_threads().div_ceil((b * h).max(1));
     let buffers =
         parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
     let of_heads: Vec<_> = heads
@@ -54,7 +55,7 @@ pub(super) fn run<T: Scalar>(
             let d_out = d_out.slice(s![n / h, n % h, .., ..]);
             let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
             let (mut d_c, biases, finite) =
-                blockwise::run_backward(attention, &head, saved, d_out, rows, segments); // (2)
+                blockwise::run_backward(attention, &head, saved, d_out, rows, segments, threads); // (2)
             let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
             estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut());
             let finite_keys = d_k
