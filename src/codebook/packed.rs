@@ -20,6 +20,11 @@ impl<T: Scalar> Table<T> {
         let packed = codewords.outer_iter().map(PackedCodewords::new).collect();
         Table { codewords, packed }
     }
+
+    /// S.
+    pub(crate) fn n_codes(&self) -> usize {
+        self.codewords.len_of(Axis(1))
+    }
 }
 
 /// One head's codewords, made ready for (3) and (4).

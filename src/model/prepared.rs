@@ -31,7 +31,9 @@ pub struct Prepared<'m, T = f32> {
 
 impl<'m, T: Scalar> Prepared<'m, T> {
     pub(super) fn new(model: &'m Transformer<T>) -> Result<Self, Error> {
-        Ok(Prepared { model, layers: model.prepare_layers(model.distances()?.view())? })
+        let layers = model.prepare_layers(model.distances()?.view())?;
+        let layers = layers.into_iter().zip(&model.parameters().layers).map(|(layer, own)| layer.pack(own));
+        Ok(Prepared { model, layers: layers.collect() })
     }
 
     /// The model.

@@ -171,6 +171,7 @@ impl VqAttention {
     ) -> (BatchSaved<T>, bool) {
         let starts: Vec<_> = states.iter().cloned().collect();
         let finite = forward::run(self, inputs, table, states, blockwise::run, output);
+        output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
         let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
         let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
         let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
@@ -189,10 +190,12 @@ impl VqAttention {
     ) -> Result<BatchOutput<T>, Error> {
         inputs.check_shapes(self, codebook, states)?;
         inputs.check_finite()?;
-        Ok(self.push_unchecked(inputs, &Table::new(codebook.codewords()), states))
+        let mut output = self.push_unchecked(inputs, &Table::new(codebook.codewords()), states);
+        output.stats = forward::statistics(inputs, output.codes.view(), codebook.n_codes());
+        Ok(output)
     }
 
-    /// [`push`](Self::push) on what is known to fit.
+    /// [`push`](Self::push) on what is known to fit, without statistics: clearing their sums costs more than a token.
     pub(crate) fn push_unchecked<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
