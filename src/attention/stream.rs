@@ -87,6 +87,20 @@ pub(super) fn run<T: Scalar>(
     true
 }
 
+/// What is known of a token before its state is read.
+pub(super) struct Scored<'a, T> {
+    /// q + u `[K]`.
+    pub q: ArrayView1<'a, T>,
+    /// Scores of all codes `[S]`.
+    pub content: &'a [T],
+    /// Biases of the distances 0, 1, ..., at least as many as the window holds and one.
+    pub biases: Option<&'a [T]>,
+    /// Of its key.
+    pub code: u32,
+    /// `[V]`.
+    pub v: ArrayView1<'a, T>,
+}
+
 /// Attention of token `i`, which is the next of the sequence; returns its lse and cached mass.
 fn token<T: Scalar>(
     attention: &VqAttention,
@@ -95,21 +109,45 @@ fn token<T: Scalar>(
     state: &AttentionState<T>,
     out: ArrayViewMut1<'_, T>,
 ) -> (T, T) {
-    let (k_hat, v, held) = state.slots();
-    let n_codes = inputs.codewords.nrows();
-    // Scores of codes, of window slots, of the token itself.
-    let mut scores = vec![T::zero(); n_codes + held + 1];
-    let (cached, recent) = scores.split_at_mut(n_codes);
+    let held = state.slots().2;
     let q = inputs.q.row(i);
     let q_content = inputs.biases.as_ref().map_or_else(|| q.to_owned(), |biases| &q + &biases.content);
-    vector_product(q_content.view(), inputs.codewords.t(), cached, false); // (1)
-    vector_product(q_content.view(), k_hat.t(), &mut recent[..held], false);
-    recent[held] = cached[inputs.codes[i] as usize];
-    if let Some(biases) = &inputs.biases {
+    let mut content = vec![T::zero(); inputs.codewords.nrows()];
+    vector_product(&[(q_content.view(), inputs.codewords.t())], &mut content); // (1)
+    let biases = inputs.biases.as_ref().map(|biases| {
         let q_position = &q + &biases.position;
-        let mut bias = vec![T::zero(); held + 1];
-        vector_product(q_position.view(), biases.relative.slice(s![..=held, ..]).t(), &mut bias, false);
-        add_biases(&bias, state.newest(), recent);
+        let mut of_distances = vec![T::zero(); held + 1];
+        let relative = biases.relative.slice(s![..=held, ..]);
+        vector_product(&[(q_position.view(), relative.t())], &mut of_distances);
+        of_distances
+    });
+    let scored = Scored {
+        q: q_content.view(),
+        content: &content,
+        biases: biases.as_deref(),
+        code: inputs.codes[i],
+        v: inputs.v.row(i),
+    };
+    attend(attention, &scored, state, out)
+}
+
+/// The rest of (1), (2) and (3) for the next token of a sequence; returns its lse and cached mass.
+pub(super) fn attend<T: Scalar>(
+    attention: &VqAttention,
+    token: &Scored<'_, T>,
+    state: &AttentionState<T>,
+    out: ArrayViewMut1<'_, T>,
+) -> (T, T) {
+    let (k_hat, v, held) = state.slots();
+    // Scores of codes, of window slots, of the token itself.
+    let n_codes = token.content.len();
+    let mut scores = vec![T::zero(); n_codes + held + 1];
+    let (cached, recent) = scores.split_at_mut(n_codes);
+    cached.copy_from_slice(token.content);
+    vector_product(&[(token.q, k_hat.t())], &mut recent[..held]); // (1)
+    recent[held] = cached[token.code as usize];
+    if let Some(biases) = token.biases {
+        add_biases(biases, state.newest(), recent);
     }
     if !attention.cache {
         cached.fill(T::neg_infinity());
@@ -119,12 +157,12 @@ fn token<T: Scalar>(
     let (max, cached_sum, sum) = on_best_simd!(simd => softmax(simd, cached, count, recent)); // (2)
 
     let mut sums = vec![T::zero(); v.ncols()];
-    vector_product(ArrayView1::from(&recent[..held]), v, &mut sums, false); // (3)
-    if attention.cache {
-        vector_product(ArrayView1::from(&*cached), state.cache.mean(), &mut sums, true);
-    }
+    let of_window = (ArrayView1::from(&recent[..held]), v);
+    let of_cache = (ArrayView1::from(&*cached), state.cache.mean());
+    let terms = [of_window, of_cache];
+    vector_product(if attention.cache { &terms } else { &terms[..1] }, &mut sums); // (3)
     let own = recent[held];
-    Zip::from(out).and(&sums).and(inputs.v.row(i)).for_each(|out, &sum_of_values, &v| {
+    Zip::from(out).and(&sums).and(token.v).for_each(|out, &sum_of_values, &v| {
         *out = (sum_of_values + own * v) / sum;
     });
     (max + sum.ln(), cached_sum / sum)

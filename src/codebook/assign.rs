@@ -36,7 +36,7 @@
 use ndarray::{Array1, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
-use super::packed::{PackedCodewords, norm};
+use super::packed::PackedCodewords;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
@@ -230,15 +230,10 @@ fn assign_each<T: Scalar>(
     let mut products = vec![T::zero(); codewords.offsets.len()];
     let mut finite = true;
     for (key, code) in keys.outer_iter().zip(codes) {
-        vector_product(key, codewords.centred.t(), &mut products, false);
-        let best = products.iter().zip(&codewords.offsets).fold(T::infinity(), |best, (&p, &h)| {
-            let score = h - p;
-            if score < best { score } else { best }
-        });
-        let key_norm = norm(key);
-        finite &= key_norm.is_finite();
-        let tolerance = codewords.tolerance(key_norm);
-        *code = codewords.settle(key, products.iter().copied(), best.as_f64(), tolerance);
+        vector_product(&[(key, codewords.centred.t())], &mut products);
+        let (nearest, finite_key) = codewords.nearest(key, &products);
+        *code = nearest;
+        finite &= finite_key;
     }
     finite
 }
@@ -294,6 +289,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
+    use crate::codebook::packed::norm;
 
     /// Numbers in -1 .. 1 without a pattern, around `offset`.
     fn numbers<T: Scalar>(rows: usize, cols: usize, seed: u64, offset: f64) -> Array2<T> {

@@ -18,7 +18,9 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 
 use super::parameters::{LayerParameters, NormParameters};
 use super::{CodewordGradient, ModelConfig};
-use crate::attention::{AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
+use crate::attention::{
+    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, HeadColumns,
+};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Learning, codebook_loss};
 use crate::ops::matmul::{PackedWeights, add_product};
@@ -63,20 +65,21 @@ pub(super) struct Prepared<T> {
     position: Array2<T>, // [H, K]
     relative: Array3<T>, // [H, M+1, K]
     table: Table<T>,
-    /// To decode with.
+    /// To infer with.
     packed: Option<Arc<Packed<T>>>,
 }
 
 /// The weights of a unit in the order in which products with few tokens read them.
 #[derive(Debug)]
 struct Packed<T> {
+    columns: Arc<[HeadColumns<T>]>,
     /// Wq, Wk, Wv, Wg side by side.
     input: PackedWeights<T>,
     output: PackedWeights<T>,
 }
 
 /// Up to so many tokens, products with packed weights are faster.
-const FEW_TOKENS: usize = 16;
+pub(super) const FEW_TOKENS: usize = 16;
 
 impl<T: Scalar> Prepared<T> {
     /// `distances` are the sinusoids of 0, 1, ..., M [M+1, D].
@@ -99,10 +102,11 @@ impl<T: Scalar> Prepared<T> {
         })
     }
 
-    /// The same with a copy of the weights to decode with.
+    /// The same with a copy of the weights to infer with.
     pub fn pack(self, parameters: &LayerParameters<T>) -> Self {
         let LayerParameters { w_q, w_k, w_v, w_gate, w_out, .. } = parameters;
         let packed = Packed {
+            columns: HeadColumns::all(&self.table, Some(self.relative.view())),
             input: PackedWeights::new(&[w_q, w_k, w_v, w_gate].map(|w| w.view())),
             output: PackedWeights::new(&[w_out.view()]),
         };
@@ -118,6 +122,15 @@ pub struct LayerReport<T> {
     /// Squared distance of keys to their codewords, summed over heads and dimensions, mean over positions that count.
     pub commit_loss: f64,
     /// The share of attention that fell on cached codes, mean over queries and heads.
+    pub cached_mass: f64,
+}
+
+/// What a unit reports of a piece that it infers from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PieceReport {
+    /// As in [`LayerReport`].
+    pub commit_loss: f64,
+    /// As in [`LayerReport`].
     pub cached_mass: f64,
 }
 
@@ -164,14 +177,16 @@ impl<T: Scalar> Layer<'_, T> {
         &self,
         x: Array2<T>,
         states: &mut Array2<AttentionState<T>>,
-    ) -> Result<(Array2<T>, LayerReport<T>), Error> {
+    ) -> Result<(Array2<T>, PieceReport), Error> {
         let (x_norm, _) = self.normalize(&x)?;
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&activated, states.nrows(), None);
-        let output = self.config.attention.push_unchecked(&inputs, &self.prepared.table, states);
-        let (out, report) = split(output);
-        Ok((self.gate(&x, &out, &projected)?, report))
+        let Prepared { table, packed, .. } = self.prepared;
+        let columns = packed.as_deref().map(|packed| &*packed.columns);
+        let output = self.config.attention.push_unchecked(&inputs, table, columns, states);
+        let (out, LayerReport { commit_loss, cached_mass, .. }) = split(output);
+        Ok((self.gate(&x, &out, &projected)?, PieceReport { commit_loss, cached_mass }))
     }
 
     /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].

@@ -24,10 +24,7 @@ pub(super) fn run<T: Scalar>(
     output: &mut BatchOutput<T>,
 ) -> bool {
     let (b, h, t, _) = inputs.q.dim();
-    fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
-    fit_rows(&mut output.codes, (b, h, t));
-    fit_rows(&mut output.lse, (b, h, t));
-    fit_rows(&mut output.cached_mass, (b, h, t));
+    fit_all(inputs, output);
     let codes = output.codes.as_slice_mut().expect("fitted");
     let (errors, finite_keys) = quantize(inputs, table, codes);
     output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
@@ -89,6 +86,15 @@ fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mu
         })
         .collect();
     (of_heads.iter().map(|(error, _)| error).sum(), of_heads.iter().all(|(_, finite)| *finite))
+}
+
+/// Gives the arrays of `output` the shapes that belong to `inputs`.
+pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut BatchOutput<T>) {
+    let (b, h, t, _) = inputs.q.dim();
+    fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
+    fit_rows(&mut output.codes, (b, h, t));
+    fit_rows(&mut output.lse, (b, h, t));
+    fit_rows(&mut output.cached_mass, (b, h, t));
 }
 
 /// Makes `array` one of shape [B, H, T]; kept if it is one.

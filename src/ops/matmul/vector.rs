@@ -1,7 +1,7 @@
 //! The product of one row and a matrix as it lies: decoding reads every number of a large matrix for a single token.
 //!
 //! ```text
-//! (1) y[j] <- beta y[j] + sum_p x[p] B[p][j]     beta 0 or 1
+//! (1) y[j] <- sum_p x[p] B[p][j]     or the sum of several such products
 //! ```
 //!
 //! Memory is what limits, so B is read in the order in which it lies, several rows side by side: a processor fetches ahead
@@ -33,22 +33,27 @@ const COLUMNS: usize = 64;
 /// (1), its columns shared among the threads of the current rayon pool.
 ///
 /// # Shapes
-/// `x` `[k]` of any stride, `b` [k, n] of any strides, `y` `[n]`.
-pub(crate) fn vector_product<T: Scalar>(x: ArrayView1<'_, T>, b: ArrayView2<'_, T>, y: &mut [T], add: bool) {
-    let parts = (b.len() * size_of::<T>() / BYTES_PER_TASK).clamp(1, rayon::current_num_threads());
+/// Each `x` `[k]` and `b` [k, n] of any strides, any k, at least one of them; `y` `[n]`.
+pub(crate) fn vector_product<T: Scalar>(terms: &[(ArrayView1<'_, T>, ArrayView2<'_, T>)], y: &mut [T]) {
+    let elements: usize = terms.iter().map(|(_, b)| b.len()).sum();
+    let parts = (elements * size_of::<T>() / BYTES_PER_TASK).clamp(1, rayon::current_num_threads());
     let columns = y.len().div_ceil(parts).next_multiple_of(COLUMNS);
-    let x = x.as_standard_layout();
-    let x = x.as_slice().expect("standard layout");
-    if columns >= y.len() {
-        return on_one_thread(level(), x, b, y, add);
-    }
-    y.par_chunks_mut(columns).enumerate().for_each(|(n, y)| {
+    let part = |(n, y): (usize, &mut [T])| {
         let from = n * columns;
-        on_one_thread(level(), x, b.slice(s![.., from..from + y.len()]), y, add);
-    });
+        for (n, (x, b)) in terms.iter().enumerate() {
+            let x = x.as_standard_layout();
+            let x = x.as_slice().expect("standard layout");
+            on_one_thread(level(), x, b.slice(s![.., from..from + y.len()]), y, n > 0);
+        }
+    };
+    if columns >= y.len() {
+        part((0, y));
+    } else {
+        y.par_chunks_mut(columns).enumerate().for_each(part);
+    }
 }
 
-/// (1)
+/// `y <- x B`, or `y + x B`.
 fn on_one_thread<T: Scalar>(level: Level, x: &[T], b: ArrayView2<'_, T>, y: &mut [T], add: bool) {
     let (k, n) = b.dim();
     assert_eq!((x.len(), y.len()), (k, n), "shapes of a product");
@@ -158,28 +163,22 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
             b.wrapping_offset((block * lanes + j.min(y.len() - 1)) as isize * b_column)
         });
         let mut sums = [zero; MOST_LANES];
-        let mut multiply = |x: &[T], p: usize, len: usize| {
-            let factor = T::Vector::<S>::from_slice(simd, x);
-            for (sum, column) in sums[..lanes].iter_mut().zip(&columns) {
-                let mut padded = [T::zero(); MOST_LANES];
-                // SAFETY: numbers p .. p + len of a column of b, p + len <= k.
-                let numbers = unsafe { std::slice::from_raw_parts(column.add(p), len) };
-                let numbers = if len == lanes {
-                    numbers
-                } else {
-                    padded[..len].copy_from_slice(numbers);
-                    &padded[..lanes]
-                };
-                *sum = factor.mul_add(T::Vector::<S>::from_slice(simd, numbers), *sum);
+        for (sum, &column) in sums[..lanes].iter_mut().zip(&columns) {
+            for (n, x) in chunks.chunks_exact(lanes).enumerate() {
+                // SAFETY: the numbers that stand in a column of b as `x` does in its chunks.
+                let b = unsafe { std::slice::from_raw_parts(column.add(n * lanes), lanes) };
+                *sum = T::Vector::<S>::from_slice(simd, x).mul_add(T::Vector::<S>::from_slice(simd, b), *sum);
             }
-        };
-        for (n, x) in chunks.chunks_exact(lanes).enumerate() {
-            multiply(x, n * lanes, lanes);
-        }
-        if !rest.is_empty() {
-            let mut padded = [T::zero(); MOST_LANES];
-            padded[..rest.len()].copy_from_slice(rest);
-            multiply(&padded[..lanes], chunks.len(), rest.len());
+            if !rest.is_empty() {
+                // SAFETY: the last numbers of a column of b.
+                let b = unsafe { std::slice::from_raw_parts(column.add(chunks.len()), rest.len()) };
+                let [x, b] = [rest, b].map(|numbers| {
+                    let mut padded = [T::zero(); MOST_LANES];
+                    padded[..numbers.len()].copy_from_slice(numbers);
+                    T::Vector::<S>::from_slice(simd, &padded[..lanes])
+                });
+                *sum = x.mul_add(b, *sum);
+            }
         }
         transpose_square::<S, T>(&mut sums);
         let mut half = lanes / 2;
@@ -251,7 +250,7 @@ mod tests {
             pool.install(|| {
                 [b.view(), b_t.t()].map(|b| {
                     let mut y = Array1::zeros(1003);
-                    vector_product(x.column(1), b, y.as_slice_mut().unwrap(), false);
+                    vector_product(&[(x.column(0), b), (x.column(1), b)], y.as_slice_mut().unwrap());
                     y.mapv(f32::to_bits)
                 })
             })
