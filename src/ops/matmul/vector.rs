@@ -27,6 +27,10 @@ use crate::ops::transpose::{MOST_LANES, transpose_square};
 /// Bytes of B that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
 
+/// Bytes up to which the rows that are read next are asked for while these are read. A processor does not fetch ahead across
+/// pages, and short rows fill one in no time; what long ones would bring up would not stay in the first-level cache.
+const NEAR: usize = 1 << 13;
+
 /// Columns of a task are a multiple of this, so that vectors fall as they would without a cut.
 const COLUMNS: usize = 64;
 
@@ -86,6 +90,7 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
     if !add {
         y.fill(T::zero());
     }
+    let near = b_row.unsigned_abs() * size_of::<T>() * 16 <= NEAR;
     let mut p = 0;
     while p < x.len() {
         let rows = if many_registers { (x.len() - p).min(16) } else { (x.len() - p).min(8) };
@@ -93,21 +98,23 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
         unsafe {
             let b = b.offset(p as isize * b_row);
             p += match rows {
-                16 => add_some::<S, T, 16>(simd, &x[p..], b, b_row, y),
-                8..16 => add_some::<S, T, 8>(simd, &x[p..], b, b_row, y),
-                4..8 => add_some::<S, T, 4>(simd, &x[p..], b, b_row, y),
-                _ => add_some::<S, T, 1>(simd, &x[p..], b, b_row, y),
+                16 if near => add_some::<S, T, 16, true>(simd, &x[p..], b, b_row, y),
+                16 => add_some::<S, T, 16, false>(simd, &x[p..], b, b_row, y),
+                8..16 if near => add_some::<S, T, 8, true>(simd, &x[p..], b, b_row, y),
+                8..16 => add_some::<S, T, 8, false>(simd, &x[p..], b, b_row, y),
+                4..8 => add_some::<S, T, 4, false>(simd, &x[p..], b, b_row, y),
+                _ => add_some::<S, T, 1, false>(simd, &x[p..], b, b_row, y),
             };
         }
     }
 }
 
-/// `y += x B` for the first R rows; returns R.
+/// `y += x B` for the first R rows; returns R. Asks for the R rows after them if AHEAD.
 ///
 /// # Safety
 /// As [`add_rows`], for R rows.
 #[inline(always)]
-unsafe fn add_some<S: Simd, T: Scalar, const R: usize>(
+unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const AHEAD: bool>(
     simd: S,
     x: &[T],
     b: *const T,
@@ -124,6 +131,9 @@ unsafe fn add_some<S: Simd, T: Scalar, const R: usize>(
         let sums = &mut y[at..at + lanes];
         let mut sum = T::Vector::<S>::from_slice(simd, sums);
         for (&factor, row) in factors.iter().zip(&rows) {
+            if AHEAD {
+                prefetch(row.wrapping_offset(R as isize * b_row + at as isize));
+            }
             // SAFETY: columns at .. at + lanes of one of R rows.
             let b =
                 unsafe { T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(row.add(at), lanes)) };
@@ -156,6 +166,8 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
 ) {
     let lanes = T::Vector::<S>::LEN;
     let zero = T::Vector::<S>::splat(simd, T::zero());
+    let next = lanes as isize * b_column;
+    let near = next.unsigned_abs() * size_of::<T>() <= NEAR;
     let (chunks, rest) = x.split_at(x.len() / lanes * lanes);
     for (block, y) in y.chunks_mut(lanes).enumerate() {
         // Beyond the last column it is taken again, and not stored: every column is summed in the same way.
@@ -165,6 +177,9 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
         let mut sums = [zero; MOST_LANES];
         for (sum, &column) in sums[..lanes].iter_mut().zip(&columns) {
             for (n, x) in chunks.chunks_exact(lanes).enumerate() {
+                if near {
+                    prefetch(column.wrapping_offset(next + (n * lanes) as isize));
+                }
                 // SAFETY: the numbers that stand in a column of b as `x` does in its chunks.
                 let b = unsafe { std::slice::from_raw_parts(column.add(n * lanes), lanes) };
                 *sum = T::Vector::<S>::from_slice(simd, x).mul_add(T::Vector::<S>::from_slice(simd, b), *sum);
@@ -192,6 +207,19 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
             *y = if add { *y + sum } else { sum };
         }
     }
+}
+
+/// Asks for a cache line; the address need not be valid.
+#[inline(always)]
+fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which every processor of this architecture takes and which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 #[cfg(test)]
