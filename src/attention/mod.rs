@@ -50,6 +50,7 @@ pub mod stream;
 mod tile;
 
 pub use cache::CompressiveCache;
+#[cfg(feature = "model")]
 pub(crate) use heads::HeadColumns;
 pub use heads::{
     BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, PreparedHeads,

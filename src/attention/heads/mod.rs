@@ -26,6 +26,7 @@ mod backward;
 mod forward;
 mod prepared;
 
+#[cfg(feature = "model")]
 pub(crate) use prepared::HeadColumns;
 pub use prepared::PreparedHeads;
 

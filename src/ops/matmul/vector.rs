@@ -19,7 +19,8 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 
-use super::gemm;
+use super::prefetch::ask;
+use super::{add_product, product};
 use crate::Scalar;
 use crate::ops::simd::level;
 use crate::ops::transpose::{MOST_LANES, transpose_square};
@@ -76,7 +77,8 @@ fn on_one_thread<T: Scalar>(level: Level, x: &[T], b: ArrayView2<'_, T>, y: &mut
         dispatch!(level, simd => unsafe { dot_columns(simd, x, pointer, strides[1], y, add) });
     } else {
         let x = ArrayView1::from(x).insert_axis(Axis(0));
-        gemm(x, b, ArrayViewMut1::from(y).insert_axis(Axis(0)), add);
+        let y = ArrayViewMut1::from(y).insert_axis(Axis(0));
+        if add { add_product(x, b, y) } else { product(x, b, y) }
     }
 }
 
@@ -132,7 +134,7 @@ unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const AHEAD: bool>(
         let mut sum = T::Vector::<S>::from_slice(simd, sums);
         for (&factor, row) in factors.iter().zip(&rows) {
             if AHEAD {
-                prefetch(row.wrapping_offset(R as isize * b_row + at as isize));
+                ask(row.wrapping_offset(R as isize * b_row + at as isize).cast());
             }
             // SAFETY: columns at .. at + lanes of one of R rows.
             let b =
@@ -178,7 +180,7 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
         for (sum, &column) in sums[..lanes].iter_mut().zip(&columns) {
             for (n, x) in chunks.chunks_exact(lanes).enumerate() {
                 if near {
-                    prefetch(column.wrapping_offset(next + (n * lanes) as isize));
+                    ask(column.wrapping_offset(next + (n * lanes) as isize).cast());
                 }
                 // SAFETY: the numbers that stand in a column of b as `x` does in its chunks.
                 let b = unsafe { std::slice::from_raw_parts(column.add(n * lanes), lanes) };
@@ -199,7 +201,8 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
         let mut half = lanes / 2;
         while half > 0 {
             for j in 0..half {
-                sums[j] = sums[j] + sums[j + half];
+                let other = sums[j + half];
+                sums[j] += other;
             }
             half /= 2;
         }
@@ -209,31 +212,13 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
     }
 }
 
-/// Asks for a cache line; the address need not be valid.
-#[inline(always)]
-fn prefetch<T>(address: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint, which every processor of this architecture takes and which reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
 #[cfg(test)]
 mod tests {
     use ndarray::{Array1, Array2};
 
+    use super::super::weights::tests::numbers;
     use super::*;
     use crate::ops::simd::levels;
-
-    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
-        Array2::from_shape_fn((rows, cols), |(i, j)| {
-            T::from_f64(((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
-        })
-    }
 
     /// Integers: every sum is exact, so equality is exact.
     fn products_equal_the_definition<T: Scalar>(level: Level) {

@@ -215,13 +215,13 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use ndarray::s;
 
     use super::*;
     use crate::ops::simd::levels;
 
-    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
+    pub fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
         Array2::from_shape_fn((rows, cols), |(i, j)| {
             T::from_f64(((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
         })
