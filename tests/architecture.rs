@@ -7,7 +7,8 @@ use std::path::Path;
 
 use transformer_vq::attention::{
     AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved,
-    BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, VqAttention, WindowKeys, blockwise,
+    BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, PreparedHeads, VqAttention,
+    WindowKeys, blockwise,
 };
 use transformer_vq::codebook::{
     Basis, CodeStats, Codebook, CodebookParameters, Ema, Estimator, Learning, Replacement, Residual,
@@ -193,6 +194,7 @@ fn public_types_can_be_shared_copied_and_printed() {
     public::<BatchBiases<'_, f32>>();
     public::<BatchOutput<f32>>();
     public::<BatchSaved<f32>>();
+    public::<PreparedHeads<f32>>();
     public::<BatchGradients<f32>>();
     public::<BatchBiasGradients<f32>>();
     public::<Codebook<f32>>();
@@ -222,6 +224,8 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<model::Saved<f32>>();
     public::<model::LossAndGradients<f32>>();
     public::<model::LayerReport<f32>>();
+    public::<model::PieceReport>();
+    public::<model::Prepared<'_, f32>>();
     public::<model::ModelState<f32>>();
     public::<model::Parameters<f32>>();
     public::<model::LayerParameters<f32>>();

@@ -352,6 +352,66 @@ fn states_carry_a_sequence_from_piece_to_piece() {
 }
 
 #[test]
+fn prepared_heads_infer_as_any_others() {
+    for batch in batches::<f64>() {
+        let biases = batch.inputs().biases;
+        let heads = batch.attention.prepare(&batch.codebook, biases).unwrap();
+        let t = batch.q.len_of(Axis(2));
+        for len in [1, 2, 7] {
+            let (mut states, mut expected_states) = (batch.states.clone(), batch.states.clone());
+            for from in (0..t).step_by(len) {
+                let tokens = s![.., .., from..t.min(from + len), ..];
+                let [q, k, v] = [&batch.q, &batch.k, &batch.v].map(|x| x.slice(tokens));
+                let got = heads.push(q, k, v, &mut states).unwrap();
+                let inputs = BatchInputs { q, k, v, biases: batch.inputs().biases, mask: None };
+                let expected = batch.attention.push(&inputs, &batch.codebook, &mut expected_states).unwrap();
+                assert_eq!((&got.codes, got.commit_loss), (&expected.codes, expected.commit_loss));
+                assert!(relative_rms(&got.out, &expected.out) < 1e-14);
+                assert!(relative_rms(&got.lse, &expected.lse) < 1e-14);
+                assert!(relative_rms(&got.cached_mass, &expected.cached_mass) < 1e-13);
+                assert_eq!(got.stats, CodeStats::default());
+                assert!(got.out.permuted_axes([0, 2, 1, 3]).is_standard_layout());
+            }
+            assert_eq!(states, expected_states);
+        }
+    }
+}
+
+/// Sizes at which a head's products are shared among threads.
+#[test]
+fn a_token_has_the_same_bits_among_others_and_on_any_number_of_threads() {
+    let attention = VqAttention { window: 600, ..VqAttention::default() };
+    let rng = &mut ChaCha8Rng::seed_from_u64(3);
+    let (n, h, d_k, d_v) = (300, 2, 96, 192);
+    let codebook = Codebook::ema(Ema::from_codewords(random::<f32, _>(rng, (h, n, d_k)), 0.9).unwrap());
+    let (u, w) = (random(rng, (h, d_k)), random(rng, (h, d_k)));
+    let relative = random(rng, (h, attention.window + 1, d_k));
+    let biases = BatchBiases { content: u.view(), position: w.view(), relative: relative.view() };
+    let heads = attention.prepare(&codebook, Some(biases)).unwrap();
+    let mut part =
+        |t: usize| [random(rng, (B, h, t, d_k)), random(rng, (B, h, t, d_k)), random(rng, (B, h, t, d_v))];
+    let ([q, k, v], token) = (part(1100), part(1));
+    let mut start = attention.new_states(B, &codebook, d_v).unwrap();
+    heads.push(q.view(), k.view(), v.view(), &mut start).unwrap();
+    let push = |threads: usize, sequences: std::ops::Range<usize>| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut states = start.slice(s![sequences.clone(), ..]).to_owned();
+        let [q, k, v] = token.each_ref().map(|x| x.slice(s![sequences.clone(), .., .., ..]));
+        let output = pool.install(|| heads.push(q, k, v, &mut states).unwrap());
+        (output.out, output.lse, output.codes, states)
+    };
+    let all = push(1, 0..B);
+    assert!(push(2, 0..B) == all && push(5, 0..B) == all);
+    for b in 0..B {
+        let one = push(3, b..b + 1);
+        let own = s![b..b + 1, .., ..];
+        assert_eq!(one.0, all.0.slice(s![b..b + 1, .., .., ..]));
+        assert_eq!((one.1.view(), one.2.view()), (all.1.slice(own), all.2.slice(own)));
+        assert_eq!(one.3, all.3.slice(s![b..b + 1, ..]));
+    }
+}
+
+#[test]
 fn masked_positions_count_in_loss_and_statistics_only() {
     let mut batch =
         Batch::<f64>::new(VqAttention { block_len: 6, window: 4, ..VqAttention::default() }, 25, true, true);

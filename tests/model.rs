@@ -157,21 +157,44 @@ fn pieces_with_carried_state_equal_the_whole() {
         let tokens = tokens(5, (B, T));
         let mut state = model.new_state(B).unwrap();
         let (whole, ..) = model.forward(tokens.view(), None, &mut state).unwrap();
+        let prepared = model.prepare().unwrap();
         for len in [1, 3, 13, T] {
-            let (mut forward, mut push) = (model.new_state(B).unwrap(), model.new_state(B).unwrap());
-            let mut pieces: [Vec<Array3<f64>>; 2] = Default::default();
+            let [mut forward, mut push, mut decode] = [(); 3].map(|()| model.new_state(B).unwrap());
+            let mut pieces: [Vec<Array3<f64>>; 3] = Default::default();
             for piece in tokens.axis_chunks_iter(Axis(1), len) {
                 pieces[0].push(model.forward(piece, None, &mut forward).unwrap().0);
                 pieces[1].push(model.push(piece, &mut push).unwrap());
+                pieces[2].push(prepared.push(piece, &mut decode).unwrap().0);
             }
             for pieces in pieces {
                 let logits = concatenate(Axis(1), &Vec::from_iter(pieces.iter().map(|p| p.view()))).unwrap();
                 let error = relative_rms(&logits, &whole);
                 assert!(error <= 1e-12, "pieces of {len}: {error:e}");
             }
-            assert_eq!((forward.position(), push.position()), (T as u64, T as u64));
+            for state in [&forward, &push, &decode] {
+                assert_eq!(state.position(), T as u64);
+            }
             assert_eq!(push.size_in_bytes(), model.new_state(B).unwrap().size_in_bytes());
         }
+    }
+}
+
+#[test]
+fn decoded_logits_have_the_same_bits_on_any_number_of_threads() {
+    for config in configs() {
+        let (model, tokens) = (model(&config), tokens(5, (B, T)));
+        let decode = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let (prepared, mut state) = (model.prepare().unwrap(), model.new_state(B).unwrap());
+                let logits = tokens
+                    .axis_chunks_iter(Axis(1), 1)
+                    .map(|token| prepared.push(token, &mut state).unwrap().0.mapv(f32::to_bits));
+                (Vec::from_iter(logits), state.clone())
+            })
+        };
+        let expected = decode(1);
+        assert!(decode(2) == expected && decode(5) == expected);
     }
 }
 

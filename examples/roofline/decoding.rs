@@ -1,7 +1,8 @@
 //! Decoding: token by token, where every weight and every state is read for each token, and memory is what limits.
 //!
 //! Bytes of a step: all weights that a token meets, codewords and relative biases once, and of every stream the mean values of
-//! its caches and the keys and values of its windows. Nobody waits for a million tokens: states are put together from parts
+//! its caches and the keys and values of its windows. Weights are read once for all streams, states are not: `at most` is how many
+//! times as many tokens eight streams could have as one by these bytes, if both read as fast. Nobody waits for a million tokens: states are put together from parts
 //! that such a position would have, random values under evenly spread counts.
 
 use std::hint::black_box;
@@ -23,11 +24,24 @@ use crate::{Result, Run, agree, training};
 const NEAR: u64 = 64_000;
 const FAR: u64 = 1_000_000;
 const STREAMS: usize = 8;
+/// The multi-head shape in a model as wide as its heads together, twice as wide: weights grow with the square of the width, states
+/// with the width. Here they are a twelfth.
+const WIDER: Shape = Shape {
+    name: "multi-head",
+    heads: 16,
+    d_k: 64,
+    d_v: 64,
+    n_codes: 256,
+    block_len: 128,
+    d_model: 1024,
+    gated: false,
+    compared: true,
+};
 /// Tokens that are pushed one by one and at once, to be compared.
 const CHECKED: usize = 8;
 
 /// One row per model: of units of the paper's and of the multi-head shape, larger than the last cache, and the one whose
-/// training step is measured, which is not.
+/// training step is measured, which is not; last, one whose states are small beside its weights.
 pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
     report.table(&[
         "decoding",
@@ -39,9 +53,11 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
         "at 1M / at 64k",
         "8 streams tokens/s",
         "over one",
+        "at most",
         "over memory",
     ])?;
-    for shape in &run.shapes {
+    let wider = (!run.one_shape).then_some(&WIDER);
+    for shape in run.shapes.iter().copied().chain(wider) {
         let Some((model, what)) = model(shape, run.one_shape)? else { continue };
         row(run, report, shape, &model, what)?;
     }
@@ -99,6 +115,7 @@ fn row(run: &Run<'_>, report: &mut Report, shape: &Shape, model: &Transformer<f3
         format!("{:.3}", far.over(&near)),
         format!("{:.1}", STREAMS as f64 / eight.seconds()),
         format!("{:.2}", STREAMS as f64 / eight.over(&near)),
+        format!("{:.2}", STREAMS as f64 * bytes(shape, units, 1) / bytes(shape, units, STREAMS)),
         format!("{:.2}", eight.ratio()),
     ])
 }

@@ -62,6 +62,7 @@ impl<T: Scalar> CompressiveCache<T> {
         check_finite("mean", mean.view())?;
         check_finite("residual", residual.view())?;
         let own = |a: Array2<T>| a.as_standard_layout().into_owned();
+        let count = count.as_standard_layout().into_owned();
         Ok(CompressiveCache { mean: own(mean), residual: own(residual), count })
     }
 

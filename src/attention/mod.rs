@@ -50,7 +50,11 @@ pub mod stream;
 mod tile;
 
 pub use cache::CompressiveCache;
-pub use heads::{BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
+#[cfg(feature = "model")]
+pub(crate) use heads::HeadColumns;
+pub use heads::{
+    BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, PreparedHeads,
+};
 pub use state::{AttentionState, WindowKeys};
 
 /// What kind of attention: block length, window, and how far values and gradients reach.

@@ -182,6 +182,12 @@ impl<T: Scalar> AttentionState<T> {
         (self.k_hat.slice(s![..held, ..]), self.v.slice(s![..held, ..]), held)
     }
 
+    /// The slot that was filled last; 0 where none is.
+    pub(super) fn newest(&self) -> usize {
+        let last = self.position.saturating_sub(1);
+        last.checked_rem(self.window() as u64).unwrap_or(0) as usize
+    }
+
     /// Checks that this state was made for these sizes.
     pub(crate) fn check(&self, n_codes: usize, d_k: usize, d_v: usize, window: usize) -> Result<(), Error> {
         check_shape("state.mean", &[n_codes, d_v], self.cache.mean().shape())?;

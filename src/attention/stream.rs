@@ -13,11 +13,12 @@
 //! [`blockwise`].
 
 use fearless_simd::Simd;
-use ndarray::{Array2, ArrayViewMut1, Axis, s};
+use ndarray::{ArrayView1, ArrayViewMut1, Zip, s};
 
 use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention};
-use crate::ops::matmul::{add_product, product};
+use crate::ops::matmul::vector_product;
+use crate::ops::rows;
 use crate::ops::simd::{fused, on_best_simd};
 use crate::{Error, Scalar};
 
@@ -86,6 +87,20 @@ pub(super) fn run<T: Scalar>(
     true
 }
 
+/// What is known of a token before its state is read.
+pub(super) struct Scored<'a, T> {
+    /// q + u `[K]`.
+    pub q: ArrayView1<'a, T>,
+    /// Scores of all codes `[S]`.
+    pub content: &'a [T],
+    /// Biases of the distances 0, 1, ..., at least as many as the window holds and one.
+    pub biases: Option<&'a [T]>,
+    /// Of its key.
+    pub code: u32,
+    /// `[V]`.
+    pub v: ArrayView1<'a, T>,
+}
+
 /// Attention of token `i`, which is the next of the sequence; returns its lse and cached mass.
 fn token<T: Scalar>(
     attention: &VqAttention,
@@ -94,68 +109,93 @@ fn token<T: Scalar>(
     state: &AttentionState<T>,
     out: ArrayViewMut1<'_, T>,
 ) -> (T, T) {
-    let (k_hat, v, held) = state.slots();
-    let n_codes = inputs.codewords.nrows();
-    // One row of scores: codes, window slots, the token itself.
-    let mut scores = Array2::zeros((1, n_codes + held + 1));
-    let q = inputs.q.slice(s![i..=i, ..]);
-    let mut q_content = q.to_owned();
-    if let Some(biases) = &inputs.biases {
-        q_content += &biases.content;
-    }
-    product(q_content.view(), inputs.codewords.t(), scores.slice_mut(s![.., ..n_codes])); // (1)
-    product(q_content.view(), k_hat.t(), scores.slice_mut(s![.., n_codes..n_codes + held]));
-    let mut scores = scores.remove_axis(Axis(0));
-    scores[n_codes + held] = scores[inputs.codes[i] as usize];
-    if let Some(biases) = &inputs.biases {
+    let held = state.slots().2;
+    let q = inputs.q.row(i);
+    let q_content = inputs.biases.as_ref().map_or_else(|| q.to_owned(), |biases| &q + &biases.content);
+    let mut content = vec![T::zero(); inputs.codewords.nrows()];
+    vector_product(&[(q_content.view(), inputs.codewords.t())], &mut content); // (1)
+    let biases = inputs.biases.as_ref().map(|biases| {
         let q_position = &q + &biases.position;
-        let mut bias = Array2::zeros((1, held + 1));
-        product(q_position.view(), biases.relative.slice(s![..=held, ..]).t(), bias.view_mut());
-        scores[n_codes + held] += bias[[0, 0]];
-        for distance in 1..=held {
-            let slot = ((state.position() - distance as u64) % held.max(1) as u64) as usize;
-            scores[n_codes + slot] += bias[[0, distance]];
-        }
-    }
+        let mut of_distances = vec![T::zero(); held + 1];
+        let relative = biases.relative.slice(s![..=held, ..]);
+        vector_product(&[(q_position.view(), relative.t())], &mut of_distances);
+        of_distances
+    });
+    let scored = Scored {
+        q: q_content.view(),
+        content: &content,
+        biases: biases.as_deref(),
+        code: inputs.codes[i],
+        v: inputs.v.row(i),
+    };
+    attend(attention, &scored, state, out)
+}
 
-    let log_counts = if attention.cache { state.cache.log_counts() } else { vec![] };
-    let buffer = scores.as_slice_mut().expect("freshly made");
-    let (cached, recent) = buffer.split_at_mut(n_codes);
-    let (max, cached_sum, sum) = on_best_simd!(simd => softmax(simd, cached, &log_counts, recent)); // (2)
-
-    let p = scores.insert_axis(Axis(0));
-    let mut out = out.insert_axis(Axis(0));
-    out.assign(&inputs.v.slice(s![i..=i, ..]));
-    out *= p[[0, n_codes + held]]; // (3)
-    add_product(p.slice(s![.., n_codes..n_codes + held]), v, out.view_mut());
-    if attention.cache {
-        add_product(p.slice(s![.., ..n_codes]), state.cache.mean(), out.view_mut());
+/// The rest of (1), (2) and (3) for the next token of a sequence; returns its lse and cached mass.
+pub(super) fn attend<T: Scalar>(
+    attention: &VqAttention,
+    token: &Scored<'_, T>,
+    state: &AttentionState<T>,
+    out: ArrayViewMut1<'_, T>,
+) -> (T, T) {
+    let (k_hat, v, held) = state.slots();
+    // Scores of codes, of window slots, of the token itself.
+    let n_codes = token.content.len();
+    let mut scores = vec![T::zero(); n_codes + held + 1];
+    let (cached, recent) = scores.split_at_mut(n_codes);
+    cached.copy_from_slice(token.content);
+    vector_product(&[(token.q, k_hat.t())], &mut recent[..held]); // (1)
+    recent[held] = cached[token.code as usize];
+    if let Some(biases) = token.biases {
+        add_biases(biases, state.newest(), recent);
     }
-    out *= T::one() / sum;
+    if !attention.cache {
+        cached.fill(T::neg_infinity());
+    }
+    let count = state.cache.count();
+    let count = count.as_slice().expect("standard layout");
+    let (max, cached_sum, sum) = on_best_simd!(simd => softmax(simd, cached, count, recent)); // (2)
+
+    let mut sums = vec![T::zero(); v.ncols()];
+    let of_window = (ArrayView1::from(&recent[..held]), v);
+    let of_cache = (ArrayView1::from(&*cached), state.cache.mean());
+    let terms = [of_window, of_cache];
+    vector_product(if attention.cache { &terms } else { &terms[..1] }, &mut sums); // (3)
+    let own = recent[held];
+    Zip::from(out).and(&sums).and(token.v).for_each(|out, &sum_of_values, &v| {
+        *out = (sum_of_values + own * v) / sum;
+    });
     (max + sum.ln(), cached_sum / sum)
 }
 
-/// Exponentials of a row of scores in place, without a common factor: its logarithm, the cached sum, the whole sum.
+/// Adds to the scores of window slots, of which `newest` was filled last, and of the token behind them the bias of their
+/// distance.
+fn add_biases<T: Scalar>(bias: &[T], newest: usize, recent: &mut [T]) {
+    let (slots, own) = recent.split_at_mut(recent.len() - 1);
+    own[0] += bias[0];
+    let (newer, older) = slots.split_at_mut((newest + 1).min(slots.len()));
+    for (score, &bias) in newer.iter_mut().rev().chain(older.iter_mut().rev()).zip(&bias[1..]) {
+        *score += bias;
+    }
+}
+
+/// Weights in place of a row of scores, without a common factor: its logarithm, the cached sum, the whole sum.
+///
+/// `exp(score + ln N)` is taken as `N exp(score)`, which spares S logarithms. The maximum is one of scores without `ln N`, of
+/// codes with N > 0: weights may reach N, and far below the largest number.
 #[inline(always)]
-fn softmax<S: Simd, T: Scalar>(simd: S, cached: &mut [T], log_counts: &[T], recent: &mut [T]) -> (T, T, T) {
-    let larger = |max: T, score: T| if score > max { score } else { max };
-    let mut max = recent.iter().fold(T::neg_infinity(), |max, &score| larger(max, score));
-    for (score, &log_count) in cached.iter_mut().zip(log_counts) {
-        *score += log_count;
-        max = larger(max, *score);
+fn softmax<S: Simd, T: Scalar>(simd: S, cached: &mut [T], count: &[u64], recent: &mut [T]) -> (T, T, T) {
+    for (score, &n) in cached.iter_mut().zip(count) {
+        *score = if n == 0 { T::neg_infinity() } else { *score };
     }
-    let mut cached_sum = T::zero();
-    if log_counts.is_empty() {
-        cached.fill(T::zero());
+    let (of_cached, of_recent) = (rows::max(cached), rows::max(recent));
+    let max = if of_cached > of_recent { of_cached } else { of_recent };
+    for (score, &n) in cached.iter_mut().zip(count) {
+        *score = (*score - max).exp_fast(fused(simd)) * T::from_f64(n as f64);
     }
-    for score in cached.iter_mut().take(log_counts.len()) {
+    for score in recent.iter_mut() {
         *score = (*score - max).exp_fast(fused(simd));
-        cached_sum += *score;
     }
-    let mut sum = cached_sum;
-    for score in recent {
-        *score = (*score - max).exp_fast(fused(simd));
-        sum += *score;
-    }
-    (max, cached_sum, sum)
+    let cached_sum = rows::sum(cached);
+    (max, cached_sum, cached_sum + rows::sum(recent))
 }

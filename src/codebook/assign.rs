@@ -38,13 +38,16 @@ use rayon::prelude::*;
 
 use super::packed::PackedCodewords;
 use crate::error::{check_finite, check_shape, checked_len};
-use crate::ops::matmul::{prefetch, product};
+use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 use crate::{Error, Scalar};
 
 /// Keys whose lowest scores are kept in registers while the codes go by.
 const GROUP: usize = LANES / 2;
+
+/// Below so many keys, each goes by itself: side by side they would not fill the lanes.
+const FEW: usize = 8;
 
 /// Keys of one task: enough to repay its scratch, few enough to share a sequence among threads.
 pub(crate) const KEYS_PER_TASK: usize = 1024;
@@ -185,6 +188,9 @@ pub(crate) fn assign_into<T: Scalar>(
     codes: &mut [u32],
 ) -> bool {
     debug_assert_eq!(keys.dim(), (codes.len(), codewords.centred.ncols()));
+    if keys.nrows() < FEW {
+        return assign_each(codewords, keys, codes);
+    }
     let n_codes = codewords.offsets.len();
     let mut keys_t = Rows::zeros(keys.ncols());
     let mut products = Rows::zeros(n_codes);
@@ -211,6 +217,23 @@ pub(crate) fn assign_into<T: Scalar>(
                 codewords.settle(key, products.iter().map(|row| row[j]), best, tolerance)
             };
         }
+    }
+    finite
+}
+
+/// [`assign_into`], key by key: (3) for all codes, then what (4) falls back on, which finds the code in any case.
+fn assign_each<T: Scalar>(
+    codewords: &PackedCodewords<T>,
+    keys: ArrayView2<'_, T>,
+    codes: &mut [u32],
+) -> bool {
+    let mut products = vec![T::zero(); codewords.offsets.len()];
+    let mut finite = true;
+    for (key, code) in keys.outer_iter().zip(codes) {
+        vector_product(&[(key, codewords.centred.t())], &mut products);
+        let (nearest, finite_key) = codewords.nearest(key, &products);
+        *code = nearest;
+        finite &= finite_key;
     }
     finite
 }

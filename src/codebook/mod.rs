@@ -227,7 +227,8 @@ impl<T: Scalar> Codebook<T> {
         self.dim().2
     }
 
-    fn dim(&self) -> (usize, usize, usize) {
+    /// H, S and K.
+    pub(crate) fn dim(&self) -> (usize, usize, usize) {
         self.learning.dim(&self.parameters)
     }
 

@@ -2,9 +2,11 @@
 //!
 //! Formulas (2) and (5), and what (4) falls back on, are those of [`assign`](super::assign()).
 
-use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis};
 
 use crate::Scalar;
+use crate::ops::rows::SUMS;
+use crate::ops::simd::on_best_simd;
 
 /// The codewords of all heads, made ready for any number of keys.
 #[derive(Debug, Clone)]
@@ -20,6 +22,11 @@ impl<T: Scalar> Table<T> {
         let packed = codewords.outer_iter().map(PackedCodewords::new).collect();
         Table { codewords, packed }
     }
+
+    /// S.
+    pub(crate) fn n_codes(&self) -> usize {
+        self.codewords.len_of(Axis(1))
+    }
 }
 
 /// One head's codewords, made ready for (3) and (4).
@@ -28,6 +35,8 @@ pub(crate) struct PackedCodewords<T> {
     pub codewords: Array2<T>, // [S, K]
     /// c'
     pub centred: Array2<T>, // [S, K]
+    /// mu
+    pub mean: Array1<T>, // [K]
     /// h
     pub offsets: Vec<T>, // [S]
     /// max |c|
@@ -51,6 +60,7 @@ impl<T: Scalar> PackedCodewords<T> {
         Self {
             codewords: codewords.as_standard_layout().into_owned(),
             centred: exact_centred.mapv(T::from_f64),
+            mean: mean.mapv(T::from_f64),
             norm: exact.outer_iter().map(norm).fold(0.0, max),
             centred_norm: exact_centred.outer_iter().map(norm).fold(0.0, max),
             offset: offsets.iter().map(|h| h.abs()).fold(0.0, max),
@@ -70,6 +80,17 @@ impl<T: Scalar> PackedCodewords<T> {
         } else {
             f64::INFINITY
         }
+    }
+
+    /// (3) and (4) of one key: its code, and whether its norm is finite.
+    ///
+    /// # Shapes
+    /// `key` `[K]`, `products` `[S]`: `c'_s . k`.
+    pub(crate) fn nearest(&self, key: ArrayView1<'_, T>, products: &[T]) -> (u32, bool) {
+        let best = on_best_simd!(lowest(&self.offsets, products));
+        let key_norm = norm(key);
+        let tolerance = self.tolerance(key_norm);
+        (self.settle(key, products.iter().copied(), best.as_f64(), tolerance), key_norm.is_finite())
     }
 
     /// (1) among the codes whose score is at most `tolerance` above the best one.
@@ -99,6 +120,21 @@ impl<T: Scalar> PackedCodewords<T> {
         }
         nearest
     }
+}
+
+/// The lowest of the scores (3).
+#[inline(always)]
+fn lowest<T: Scalar>(offsets: &[T], products: &[T]) -> T {
+    let ((h, h_rest), (p, p_rest)) = (offsets.as_chunks::<SUMS>(), products.as_chunks::<SUMS>());
+    let lower = |score: T, best: T| if score < best { score } else { best };
+    let mut lanes = [T::infinity(); SUMS];
+    for (h, p) in h.iter().zip(p) {
+        for ((best, &h), &p) in lanes.iter_mut().zip(h).zip(p) {
+            *best = if h - p < *best { h - p } else { *best };
+        }
+    }
+    let rest = h_rest.iter().zip(p_rest).map(|(&h, &p)| h - p);
+    lanes.iter().copied().chain(rest).fold(T::infinity(), lower)
 }
 
 /// |row|. Where the squares vanish, what is lost is below the last term of (5).

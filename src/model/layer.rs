@@ -12,14 +12,18 @@
 //! Rows are tokens, sequence after sequence: [B T, width]. Source: the gated unit of Transformer-VQ (Lingle, arXiv
 //! 2309.16354), after GAU (Hua et al., arXiv 2202.10447).
 
+use std::sync::Arc;
+
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, s};
 
 use super::parameters::{LayerParameters, NormParameters};
 use super::{CodewordGradient, ModelConfig};
-use crate::attention::{AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
+use crate::attention::{
+    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, HeadColumns,
+};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Learning, codebook_loss};
-use crate::ops::matmul::add_product;
+use crate::ops::matmul::{PackedWeights, add_product};
 use crate::ops::{linear, rms_norm, silu};
 use crate::{Error, Scalar};
 
@@ -61,7 +65,21 @@ pub(super) struct Prepared<T> {
     position: Array2<T>, // [H, K]
     relative: Array3<T>, // [H, M+1, K]
     table: Table<T>,
+    /// To infer with.
+    packed: Option<Arc<Packed<T>>>,
 }
+
+/// The weights of a unit in the order in which products with few tokens read them.
+#[derive(Debug)]
+struct Packed<T> {
+    columns: Arc<[HeadColumns<T>]>,
+    /// Wq, Wk, Wv, Wg side by side.
+    input: PackedWeights<T>,
+    output: PackedWeights<T>,
+}
+
+/// Up to so many tokens, products with packed weights are faster.
+pub(super) const FEW_TOKENS: usize = 16;
 
 impl<T: Scalar> Prepared<T> {
     /// `distances` are the sinusoids of 0, 1, ..., M [M+1, D].
@@ -80,7 +98,19 @@ impl<T: Scalar> Prepared<T> {
             position: &parameters.position_bias * scale,
             relative: relative.permuted_axes([1, 0, 2]),
             table: Table::new(learning.codewords(&parameters.codebook)),
+            packed: None,
         })
+    }
+
+    /// The same with a copy of the weights to infer with.
+    pub fn pack(self, parameters: &LayerParameters<T>) -> Self {
+        let LayerParameters { w_q, w_k, w_v, w_gate, w_out, .. } = parameters;
+        let packed = Packed {
+            columns: HeadColumns::all(&self.table, Some(self.relative.view())),
+            input: PackedWeights::new(&[w_q, w_k, w_v, w_gate].map(|w| w.view())),
+            output: PackedWeights::new(&[w_out.view()]),
+        };
+        Prepared { packed: Some(Arc::new(packed)), ..self }
     }
 }
 
@@ -92,6 +122,15 @@ pub struct LayerReport<T> {
     /// Squared distance of keys to their codewords, summed over heads and dimensions, mean over positions that count.
     pub commit_loss: f64,
     /// The share of attention that fell on cached codes, mean over queries and heads.
+    pub cached_mass: f64,
+}
+
+/// What a unit reports of a piece that it infers from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PieceReport {
+    /// As in [`LayerReport`].
+    pub commit_loss: f64,
+    /// As in [`LayerReport`].
     pub cached_mass: f64,
 }
 
@@ -138,14 +177,16 @@ impl<T: Scalar> Layer<'_, T> {
         &self,
         x: Array2<T>,
         states: &mut Array2<AttentionState<T>>,
-    ) -> Result<(Array2<T>, LayerReport<T>), Error> {
+    ) -> Result<(Array2<T>, PieceReport), Error> {
         let (x_norm, _) = self.normalize(&x)?;
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&activated, states.nrows(), None);
-        let output = self.config.attention.push_unchecked(&inputs, &self.prepared.table, states);
-        let (out, report) = split(output);
-        Ok((self.gate(&x, &out, &projected)?, report))
+        let Prepared { table, packed, .. } = self.prepared;
+        let columns = packed.as_deref().map(|packed| &*packed.columns);
+        let output = self.config.attention.push_unchecked(&inputs, table, columns, states);
+        let (out, LayerReport { commit_loss, cached_mass, .. }) = split(output);
+        Ok((self.gate(&x, &out, &projected)?, PieceReport { commit_loss, cached_mass }))
     }
 
     /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].
@@ -218,6 +259,11 @@ impl<T: Scalar> Layer<'_, T> {
         Ok(d_x)
     }
 
+    /// Packed weights, if there are and if they suit so many tokens.
+    fn packed_for(&self, rows: &Array2<T>) -> Option<&Packed<T>> {
+        self.prepared.packed.as_deref().filter(|_| rows.nrows() <= FEW_TOKENS)
+    }
+
     fn scale(&self) -> T {
         T::from_f64(self.config.key_scale())
     }
@@ -229,6 +275,13 @@ impl<T: Scalar> Layer<'_, T> {
     }
 
     fn project(&self, x_norm: &Array2<T>) -> Result<Projected<T>, Error> {
+        if let Some(packed) = self.packed_for(x_norm) {
+            let all = packed.input.product(x_norm.view());
+            let [k, v] = [self.config.d_k, self.config.d_v].map(|width| self.config.n_heads * width);
+            let columns = |from: usize, width: usize| all.slice(s![.., from..from + width]).to_owned();
+            let (q, gate) = (columns(0, k), columns(2 * k + v, v));
+            return Ok(Projected { q, k: columns(k, k), v: columns(2 * k, v), gate });
+        }
         let project = |w: &Array2<T>| linear::forward(x_norm.view(), w.view(), None);
         let p = self.parameters;
         Ok(Projected {
@@ -277,6 +330,9 @@ impl<T: Scalar> Layer<'_, T> {
     /// (5)
     fn gate(&self, x: &Array2<T>, out: &Array2<T>, projected: &Projected<T>) -> Result<Array2<T>, Error> {
         let gated = silu::gate(out.view(), projected.gate.view())?;
+        if let Some(packed) = self.packed_for(&gated) {
+            return Ok(packed.output.product(gated.view()) + x);
+        }
         Ok(linear::forward(gated.view(), self.parameters.w_out.view(), None)? + x)
     }
 }

@@ -22,7 +22,7 @@ mod transformer;
 
 pub use atomic_file::write_atomically;
 pub use config::{CodewordGradient, LearningConfig, ModelConfig};
-pub use layer::LayerReport;
+pub use layer::{LayerReport, PieceReport};
 pub use loss::LossAndGradients;
 pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};
 pub use prepared::Prepared;

@@ -1,12 +1,16 @@
 //! A model made ready to infer.
 
+use std::sync::Arc;
+
 use ndarray::{Array3, ArrayView2};
 
-use super::layer::{self, LayerReport};
+use super::layer::{self, FEW_TOKENS, PieceReport};
 use super::{ModelState, Transformer};
+use crate::ops::matmul::PackedWeights;
 use crate::{Error, Scalar};
 
-/// A model with everything computed that depends on its parameters alone: relative biases and codewords of every unit.
+/// A model with everything computed that depends on its parameters alone: relative biases and codewords of every unit, and
+/// all weights once more in the order in which decoding reads them.
 ///
 /// For decoding, where that would cost more than the token itself.
 ///
@@ -27,11 +31,22 @@ use crate::{Error, Scalar};
 pub struct Prepared<'m, T = f32> {
     model: &'m Transformer<T>,
     layers: Vec<layer::Prepared<T>>,
+    /// W of the logits.
+    output: Option<Arc<PackedWeights<T>>>,
 }
 
 impl<'m, T: Scalar> Prepared<'m, T> {
+    /// Ready for one piece: without copies of the weights.
+    pub(super) fn for_one_piece(model: &'m Transformer<T>) -> Result<Self, Error> {
+        let layers = model.prepare_layers(model.distances()?.view())?;
+        Ok(Prepared { model, layers, output: None })
+    }
+
     pub(super) fn new(model: &'m Transformer<T>) -> Result<Self, Error> {
-        Ok(Prepared { model, layers: model.prepare_layers(model.distances()?.view())? })
+        let Prepared { layers, .. } = Self::for_one_piece(model)?;
+        let layers = layers.into_iter().zip(&model.parameters().layers).map(|(layer, own)| layer.pack(own));
+        let output = Some(Arc::new(PackedWeights::new(&[model.output()])));
+        Ok(Prepared { model, layers: layers.collect(), output })
     }
 
     /// The model.
@@ -50,7 +65,7 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         &self,
         tokens: ArrayView2<'_, u32>,
         state: &mut ModelState<T>,
-    ) -> Result<(Array3<T>, Vec<LayerReport<T>>), Error> {
+    ) -> Result<(Array3<T>, Vec<PieceReport>), Error> {
         self.model.check(tokens, state)?;
         let mut x = self.model.embed(tokens, state.position())?;
         let mut reports = vec![];
@@ -60,6 +75,13 @@ impl<'m, T: Scalar> Prepared<'m, T> {
             reports.push(report);
         }
         let (normed, _) = self.model.normalize(&x)?;
-        Ok((self.model.logits(&normed, tokens.dim())?, reports))
+        let logits = match &self.output {
+            Some(output) if normed.nrows() <= FEW_TOKENS => {
+                let logits = output.product(normed.view()) + &self.model.parameters().output_bias;
+                self.model.scale_logits(logits, tokens.dim())
+            }
+            _ => self.model.logits(&normed, tokens.dim())?,
+        };
+        Ok((logits, reports))
     }
 }

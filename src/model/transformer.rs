@@ -244,7 +244,7 @@ impl<T: Scalar> Transformer<T> {
         embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
     }
 
-    /// The model made ready to infer: see [`Prepared`].
+    /// The model made ready to infer, with a copy of its weights: see [`Prepared`].
     ///
     /// # Errors
     /// [`Error::TooLarge`].
@@ -254,7 +254,7 @@ impl<T: Scalar> Transformer<T> {
 
     /// Logits of a piece of any size `[B, T, vocab]`, to infer only; `state` moves on.
     ///
-    /// For many pieces, [`prepare`](Self::prepare) once.
+    /// For many pieces, above all for tokens one by one, [`prepare`](Self::prepare) once.
     ///
     /// # Shapes
     /// `tokens` [B, T].
@@ -262,7 +262,7 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
     pub fn push(&self, tokens: ArrayView2<'_, u32>, state: &mut ModelState<T>) -> Result<Array3<T>, Error> {
-        Ok(self.prepare()?.push(tokens, state)?.0)
+        Ok(Prepared::for_one_piece(self)?.push(tokens, state)?.0)
     }
 
     /// Lets every codebook that learns by moving averages learn from the statistics of one step: its micro-batches merged, one
@@ -340,7 +340,7 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// W of (3) [D, vocab].
-    fn output(&self) -> ArrayView2<'_, T> {
+    pub(super) fn output(&self) -> ArrayView2<'_, T> {
         match &self.parameters.output {
             Some(output) => output.view(),
             None => self.parameters.embedding.t(),
@@ -348,13 +348,17 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// (3), after the norm.
-    pub(super) fn logits(&self, x: &Array2<T>, (b, t): (usize, usize)) -> Result<Array3<T>, Error> {
+    pub(super) fn logits(&self, x: &Array2<T>, dim: (usize, usize)) -> Result<Array3<T>, Error> {
         let bias: ArrayView1<'_, T> = self.parameters.output_bias.view();
-        let mut logits = linear::forward(x.view(), self.output(), Some(bias))?;
+        Ok(self.scale_logits(linear::forward(x.view(), self.output(), Some(bias))?, dim))
+    }
+
+    /// What is left of (3) after the product and the bias.
+    pub(super) fn scale_logits(&self, mut logits: Array2<T>, (b, t): (usize, usize)) -> Array3<T> {
         if self.config.logit_scale != 1.0 {
             logits *= T::from_f64(self.config.logit_scale);
         }
-        Ok(logits.into_shape_with_order((b, t, self.config.vocab_size)).expect("contiguous"))
+        logits.into_shape_with_order((b, t, self.config.vocab_size)).expect("contiguous")
     }
 }
 

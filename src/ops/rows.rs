@@ -79,6 +79,15 @@ pub(crate) fn map<T: Scalar, R: Send, const IN: usize, const OUT: usize>(
 ) -> Vec<R> {
     let rows = per_task(width);
     let inputs = inputs.map(contiguous);
+    if n <= rows {
+        let mut outputs = outputs;
+        return (0..n)
+            .map(|i| {
+                let outputs = outputs.each_mut().map(|y| y.row_mut(i).into_slice().expect("standard layout"));
+                f(i, slices(&inputs, i), outputs)
+            })
+            .collect();
+    }
     let mut chunks = outputs.map(|y| y.axis_chunks_iter_mut(Axis(0), rows));
     let tasks: Vec<_> = (0..n)
         .step_by(rows)

@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, Array4};
 use transformer_vq::Error;
 use transformer_vq::attention::{
-    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchSaved, VqAttention,
+    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, VqAttention,
 };
 use transformer_vq::codebook::{Codebook, Ema, Estimator};
 
@@ -70,6 +70,16 @@ impl Batch {
         }
     }
 
+    fn push_prepared(
+        &self,
+        biased: bool,
+        states: &mut Array2<AttentionState<f32>>,
+    ) -> Result<BatchOutput<f32>, Error> {
+        let biases = self.inputs().biases.filter(|_| biased);
+        let heads = self.attention.prepare(&self.codebook, biases)?;
+        heads.push(self.q.view(), self.k.view(), self.v.view(), states)
+    }
+
     fn saved(&self) -> BatchSaved<f32> {
         self.attention.forward(&self.inputs(), &self.codebook, &mut self.states.clone()).unwrap().1
     }
@@ -126,6 +136,10 @@ fn bad_inputs_are_told_apart_and_states_kept() {
             let mut states = batch.states.clone();
             refused(batch.attention.forward(&batch.inputs(), &batch.codebook, &mut states), variant, what);
             refused(batch.attention.push(&batch.inputs(), &batch.codebook, &mut states), variant, what);
+            // It has no mask, and biases are to fit the codebook before queries come.
+            if what != "mask" {
+                refused(batch.push_prepared(i < BAD_INPUTS.len(), &mut states), variant, what);
+            }
             assert_eq!(states, batch.states);
             if i < BAD_INPUTS.len() {
                 refused(batch.backward(saved), variant, what);
@@ -199,12 +213,14 @@ fn states_that_cannot_exist_are_refused() {
 
 #[test]
 fn nothing_at_all_is_computed() {
-    for (b, t, d_v) in [(0, T, V), (B, 0, V), (B, T, 0), (0, 0, 0)] {
+    for (b, t, d_v) in [(0, T, V), (B, 0, V), (B, T, 0), (0, 0, 0), (B, 1, 0), (0, 1, V)] {
         let mut batch = Batch::new();
         [batch.q, batch.k] = [(); 2].map(|()| Array4::zeros((b, H, t, K)));
         (batch.v, batch.mask) = (Array4::zeros((b, H, t, d_v)), Array2::from_elem((b, t), true));
         batch.states = states(b, &batch.codebook, d_v, 3);
         let push = ATTENTION.push(&batch.inputs(), &batch.codebook, &mut batch.states.clone()).unwrap();
+        assert_eq!((push.out.dim(), push.commit_loss), ((b, H, t, d_v), 0.0));
+        let push = batch.push_prepared(true, &mut batch.states.clone()).unwrap();
         assert_eq!((push.out.dim(), push.commit_loss), ((b, H, t, d_v), 0.0));
         let gradients = batch.backward(batch.saved()).unwrap();
         assert_eq!((gradients.q.dim(), gradients.v.dim()), ((b, H, t, K), (b, H, t, d_v)));

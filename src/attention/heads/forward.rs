@@ -1,6 +1,6 @@
 //! Formulas (1) to (4) of the module above.
 
-use ndarray::{Array2, Array3, Axis, s};
+use ndarray::{Array2, Array3, ArrayView3, Axis, s};
 use rayon::prelude::*;
 
 use super::{BatchInputs, BatchOutput, fit, parts};
@@ -14,7 +14,7 @@ use crate::codebook::{CodeStats, commitment};
 /// One form of attention on one head, in at most so many parts at once; whether q and v are finite.
 type Form<T> = fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, RowOutputs<'_, T>, usize) -> bool;
 
-/// Forward on checked shapes; whether q, k and v are finite.
+/// Forward on checked shapes, up to the statistics; whether q, k and v are finite.
 pub(super) fn run<T: Scalar>(
     attention: &VqAttention,
     inputs: &BatchInputs<'_, T>,
@@ -24,11 +24,7 @@ pub(super) fn run<T: Scalar>(
     output: &mut BatchOutput<T>,
 ) -> bool {
     let (b, h, t, _) = inputs.q.dim();
-    let n_codes = table.codewords.len_of(Axis(1));
-    fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
-    fit_rows(&mut output.codes, (b, h, t));
-    fit_rows(&mut output.lse, (b, h, t));
-    fit_rows(&mut output.cached_mass, (b, h, t));
+    fit_all(inputs, output);
     let codes = output.codes.as_slice_mut().expect("fitted");
     let (errors, finite_keys) = quantize(inputs, table, codes);
     output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
@@ -49,8 +45,16 @@ pub(super) fn run<T: Scalar>(
             form(attention, &inputs.head(n / h, n % h, codes, &table.codewords), state, rows, segments)
         })
         .reduce(|| true, |a, b| a & b);
-    output.stats = CodeStats::collect_checked(inputs.k.view(), codes.view(), n_codes, inputs.mask); // (4)
     finite_keys & finite
+}
+
+/// (4)
+pub(super) fn statistics<T: Scalar>(
+    inputs: &BatchInputs<'_, T>,
+    codes: ArrayView3<'_, u32>,
+    n_codes: usize,
+) -> CodeStats<T> {
+    CodeStats::collect_checked(inputs.k.view(), codes, n_codes, inputs.mask)
 }
 
 /// Into how many segments a sequence is cut so that all threads have work. Each costs a copy of the cache and the time to
@@ -82,6 +86,15 @@ fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mu
         })
         .collect();
     (of_heads.iter().map(|(error, _)| error).sum(), of_heads.iter().all(|(_, finite)| *finite))
+}
+
+/// Gives the arrays of `output` the shapes that belong to `inputs`.
+pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut BatchOutput<T>) {
+    let (b, h, t, _) = inputs.q.dim();
+    fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
+    fit_rows(&mut output.codes, (b, h, t));
+    fit_rows(&mut output.lse, (b, h, t));
+    fit_rows(&mut output.cached_mass, (b, h, t));
 }
 
 /// Makes `array` one of shape [B, H, T]; kept if it is one.

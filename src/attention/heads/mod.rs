@@ -24,6 +24,11 @@ use crate::{Error, Scalar};
 
 mod backward;
 mod forward;
+mod prepared;
+
+#[cfg(feature = "model")]
+pub(crate) use prepared::HeadColumns;
+pub use prepared::PreparedHeads;
 
 /// What attention over batch and heads takes.
 #[derive(Debug, Clone)]
@@ -151,7 +156,7 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
         output: &mut BatchOutput<T>,
     ) -> Result<BatchSaved<T>, Error> {
-        inputs.check_shapes(self, codebook, states)?;
+        inputs.check_shapes(self, codebook.dim(), states)?;
         let table = Table::new(codebook.codewords());
         let (saved, finite) = self.forward_unchecked(inputs, &table, states, output);
         if !finite && let Err(error) = inputs.check_finite() {
@@ -171,6 +176,7 @@ impl VqAttention {
     ) -> (BatchSaved<T>, bool) {
         let starts: Vec<_> = states.iter().cloned().collect();
         let finite = forward::run(self, inputs, table, states, blockwise::run, output);
+        output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
         let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
         let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
         let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
@@ -178,6 +184,8 @@ impl VqAttention {
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, one token included, and nothing is saved.
+    ///
+    /// Every call makes the codebook ready, which costs more than a token does: for many calls, [`prepare`](Self::prepare).
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -187,21 +195,13 @@ impl VqAttention {
         codebook: &Codebook<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
-        inputs.check_shapes(self, codebook, states)?;
+        inputs.check_shapes(self, codebook.dim(), states)?;
         inputs.check_finite()?;
-        Ok(self.push_unchecked(inputs, &Table::new(codebook.codewords()), states))
-    }
-
-    /// [`push`](Self::push) on what is known to fit.
-    pub(crate) fn push_unchecked<T: Scalar>(
-        &self,
-        inputs: &BatchInputs<'_, T>,
-        table: &Table<T>,
-        states: &mut Array2<AttentionState<T>>,
-    ) -> BatchOutput<T> {
         let mut output = BatchOutput::default();
-        forward::run(self, inputs, table, states, stream::run, &mut output);
-        output
+        let table = Table::new(codebook.codewords());
+        forward::run(self, inputs, &table, states, stream::run, &mut output);
+        output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
+        Ok(output)
     }
 
     /// Every gradient of `sum(d_out * out) + commit_weight * commit_loss`. The states before the piece are constants.
@@ -279,20 +279,31 @@ impl<T: Scalar> BatchSaved<T> {
     }
 }
 
+impl<T: Scalar> BatchBiases<'_, T> {
+    fn check(&self, (h, k): (usize, usize), window: usize) -> Result<(), Error> {
+        check_shape("biases.content", &[h, k], self.content.shape())?;
+        check_shape("biases.position", &[h, k], self.position.shape())?;
+        check_shape("biases.relative", &[h, window + 1, k], self.relative.shape())?;
+        check_finite("biases.content", self.content)?;
+        check_finite("biases.position", self.position)?;
+        check_finite("biases.relative", self.relative)
+    }
+}
+
 impl<T: Scalar> BatchInputs<'_, T> {
     /// Whether this can be computed, as far as sizes say.
     fn check_shapes(
         &self,
         attention: &VqAttention,
-        codebook: &Codebook<T>,
+        (n_heads, n_codes, d_k): (usize, usize, usize),
         states: &Array2<AttentionState<T>>,
     ) -> Result<(), Error> {
         self.check_arrays(attention)?;
         let (b, h, t, k) = self.q.dim();
-        check_shape("q", &[b, codebook.n_heads(), t, codebook.d_k()], &[b, h, t, k])?;
+        check_shape("q", &[b, n_heads, t, d_k], &[b, h, t, k])?;
         check_shape("states", &[b, h], states.shape())?;
         let d_v = self.v.len_of(Axis(3));
-        states.iter().try_for_each(|state| state.check(codebook.n_codes(), k, d_v, attention.window))
+        states.iter().try_for_each(|state| state.check(n_codes, k, d_v, attention.window))
     }
 
     fn check_arrays(&self, attention: &VqAttention) -> Result<(), Error> {
@@ -303,15 +314,7 @@ impl<T: Scalar> BatchInputs<'_, T> {
         if let Some(mask) = &self.mask {
             check_shape("mask", &[b, t], mask.shape())?;
         }
-        if let Some(biases) = &self.biases {
-            check_shape("biases.content", &[h, k], biases.content.shape())?;
-            check_shape("biases.position", &[h, k], biases.position.shape())?;
-            check_shape("biases.relative", &[h, attention.window + 1, k], biases.relative.shape())?;
-            check_finite("biases.content", biases.content.view())?;
-            check_finite("biases.position", biases.position.view())?;
-            check_finite("biases.relative", biases.relative.view())?;
-        }
-        Ok(())
+        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, k), attention.window))
     }
 
     /// Checks q, k and v: a pass over all of them, made only where a cheaper look says that there is something to find.

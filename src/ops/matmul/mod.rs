@@ -17,10 +17,14 @@ use crate::ops::simd::level;
 mod packed;
 mod prefetch;
 mod tile;
+mod vector;
+mod weights;
 
 pub(crate) use packed::PackedRows;
 pub(crate) use prefetch::prefetch;
 pub(crate) use tile::Triangle;
+pub(crate) use vector::vector_product;
+pub(crate) use weights::PackedWeights;
 
 /// Elements of A up to which it stays in the second-level cache as it lies.
 const UNPACKED: usize = 1 << 18;

@@ -26,9 +26,10 @@ pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
     }
 }
 
+/// Asks for a cache line; the address need not be valid.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn ask(address: *const u8) {
+pub(super) fn ask(address: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     // SAFETY: a prefetch is a hint: it neither faults nor changes memory, whatever the address.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
@@ -36,4 +37,4 @@ fn ask(address: *const u8) {
 
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-fn ask(_: *const u8) {}
+pub(super) fn ask(_: *const u8) {}

@@ -1,0 +1,238 @@
+//! Heads made ready to infer: what follows from codebook and biases alone is computed once, for any number of pieces.
+//!
+//! One token of every sequence goes through it in two steps:
+//!
+//! ```text
+//! per head:               c'_s . (q + u)  and  c'_s . k       one product, for all sequences together; c' = c - mean of c
+//!                         (q + w) . r_d                       another
+//!                         a_s = c'_s . (q + u) + mean . (q + u),   z from c'_s . k as in `assign`
+//! per sequence and head:  attention as in `stream`            the keys of its window, its values, its cache
+//! ```
+//!
+//! So codewords and relative biases are read once for all sequences, codewords for queries and keys alike.
+
+use std::sync::Arc;
+
+use ndarray::{Array2, Array3, ArrayView1, ArrayView3, ArrayView4, Axis, s};
+use rayon::prelude::*;
+
+use super::forward::{self, fit_all};
+use super::{BatchBiases, BatchInputs, BatchOutput, parts};
+use crate::attention::stream::{self, Scored};
+use crate::attention::{AttentionState, VqAttention};
+use crate::codebook::packed::{PackedCodewords, Table};
+use crate::codebook::{Codebook, commitment};
+use crate::ops::matmul::PackedWeights;
+use crate::{Error, Scalar};
+
+/// Attention over heads with a codebook and relative biases that stay as they are: for decoding, where to make them ready costs
+/// more than a token.
+///
+/// ```
+/// use transformer_vq::attention::VqAttention;
+/// use transformer_vq::codebook::{Codebook, Ema};
+/// use transformer_vq::ndarray::{Array4, array};
+///
+/// let attention = VqAttention { window: 2, ..VqAttention::default() };
+/// let codebook = Codebook::ema(Ema::from_codewords(array![[[1.0, 0.0], [0.0, 1.0]]], 0.99)?);
+/// let heads = attention.prepare(&codebook, None)?;
+/// let mut states = attention.new_states(1, &codebook, 1)?;
+/// for t in 0..100 {
+///     let (q, k) = (Array4::zeros((1, 1, 1, 2)), Array4::ones((1, 1, 1, 2)));
+///     let v = Array4::from_elem((1, 1, 1, 1), f64::from(t));
+///     let output = heads.push(q.view(), k.view(), v.view(), &mut states)?;
+///     // A query of zeros attends to everything equally: the mean of 0, 1, ..., t.
+///     assert!((output.out[[0, 0, 0, 0]] - f64::from(t) / 2.0).abs() < 1e-12);
+/// }
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct PreparedHeads<T = f32> {
+    attention: VqAttention,
+    table: Table<T>,
+    /// u, w [H, K] and r [H, M+1, K].
+    biases: Option<(Array2<T>, Array2<T>, Array3<T>)>,
+    columns: Arc<[HeadColumns<T>]>,
+}
+
+impl VqAttention {
+    /// This attention made ready to infer, with copies of the codewords and biases as they are now.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it cannot be computed, [`Error::Shape`] and [`Error::NotFinite`] for biases.
+    pub fn prepare<T: Scalar>(
+        &self,
+        codebook: &Codebook<T>,
+        biases: Option<BatchBiases<'_, T>>,
+    ) -> Result<PreparedHeads<T>, Error> {
+        self.validate()?;
+        if let Some(biases) = &biases {
+            biases.check((codebook.n_heads(), codebook.d_k()), self.window)?;
+        }
+        let table = Table::new(codebook.codewords());
+        let columns = HeadColumns::all(&table, biases.as_ref().map(|biases| biases.relative));
+        let biases = biases.map(|b| (b.content.to_owned(), b.position.to_owned(), b.relative.to_owned()));
+        Ok(PreparedHeads { attention: *self, table, biases, columns })
+    }
+}
+
+impl<T: Scalar> PreparedHeads<T> {
+    /// As [`VqAttention::push`]: the outputs of a piece of any size, `states` [B, H] move on. A codebook does not learn from what
+    /// it infers: the statistics in the output are empty.
+    ///
+    /// # Shapes
+    /// Queries, already scaled, and keys [B, H, T, K], values [B, H, T, V].
+    ///
+    /// # Errors
+    /// Shapes that do not fit, numbers that are not finite. The states are then as they were.
+    pub fn push(
+        &self,
+        q: ArrayView4<'_, T>,
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> Result<BatchOutput<T>, Error> {
+        let inputs = BatchInputs { q, k, v, biases: None, mask: None };
+        inputs.check_shapes(&self.attention, self.table.codewords.dim(), states)?;
+        inputs.check_finite()?;
+        let biases = self.biases.as_ref().map(|(content, position, relative)| BatchBiases {
+            content: content.view(),
+            position: position.view(),
+            relative: relative.view(),
+        });
+        let inputs = BatchInputs { biases, ..inputs };
+        Ok(self.attention.push_unchecked(&inputs, &self.table, Some(&self.columns), states))
+    }
+}
+
+impl VqAttention {
+    /// [`push`](Self::push) on what is known to fit, without statistics: to clear their sums costs more than a token.
+    pub(crate) fn push_unchecked<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        table: &Table<T>,
+        columns: Option<&[HeadColumns<T>]>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> BatchOutput<T> {
+        let mut output = BatchOutput::default();
+        match columns {
+            Some(columns) if inputs.q.len_of(Axis(2)) == 1 => {
+                push_token(self, inputs, table, columns, states, &mut output);
+            }
+            _ => {
+                forward::run(self, inputs, table, states, stream::run, &mut output);
+            }
+        }
+        output
+    }
+}
+
+/// What the tokens of all sequences are multiplied with in one head.
+#[derive(Debug)]
+pub(crate) struct HeadColumns<T> {
+    /// c' [K, S].
+    centred: PackedWeights<T>,
+    /// r [K, M+1].
+    relative: Option<PackedWeights<T>>,
+}
+
+impl<T: Scalar> HeadColumns<T> {
+    /// Of every head; `relative` [H, M+1, K].
+    pub fn all(table: &Table<T>, relative: Option<ArrayView3<'_, T>>) -> Arc<[Self]> {
+        let head = |(h, packed): (usize, &PackedCodewords<T>)| HeadColumns {
+            centred: PackedWeights::new(&[packed.centred.t()]),
+            relative: relative.map(|r| PackedWeights::new(&[r.index_axis_move(Axis(0), h).reversed_axes()])),
+        };
+        table.packed.iter().enumerate().map(head).collect()
+    }
+}
+
+/// The first step's results for one head.
+struct HeadScores<T> {
+    /// q + u [B, K], then keys.
+    rows: Array2<T>,
+    /// Scores of codes [B, S], then what became the codes.
+    products: Array2<T>,
+    /// [B, M+1]
+    biases: Option<Array2<T>>,
+    codes: Vec<u32>,
+}
+
+fn push_token<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &BatchInputs<'_, T>,
+    table: &Table<T>,
+    columns: &[HeadColumns<T>],
+    states: &mut Array2<AttentionState<T>>,
+    output: &mut BatchOutput<T>,
+) {
+    fit_all(inputs, output);
+    let h = columns.len();
+    let scores: Vec<_> = (0..h).into_par_iter().map(|h| score(inputs, table, &columns[h], h)).collect();
+    let tasks: Vec<_> = parts(&mut output.out).into_iter().zip(states.iter_mut()).collect();
+    let results: Vec<_> = tasks
+        .into_par_iter()
+        .enumerate()
+        .map(|(n, (mut out, state))| {
+            let (b, h) = (n / h, n % h);
+            let HeadScores { rows, products, biases, codes } = &scores[h];
+            let [q, content] = [rows, products].map(|array| array.row(b));
+            let biases = biases.as_ref().map(|biases| biases.row(b).to_slice().expect(CONTIGUOUS));
+            let token = Scored {
+                q,
+                content: content.to_slice().expect(CONTIGUOUS),
+                biases,
+                code: codes[b],
+                v: inputs.v.slice(s![b, h, 0, ..]),
+            };
+            let (lse, cached_mass) = stream::attend(attention, &token, state, out.row_mut(0));
+            let codewords = table.codewords.index_axis(Axis(0), h);
+            state.push(codes[b], codewords.row(codes[b] as usize), token.v);
+            let key = inputs.k.slice(s![b, h, .., ..]);
+            let error = commitment::squared_error(key, ArrayView1::from(&codes[b..=b]), codewords, None);
+            (codes[b], lse, cached_mass, error)
+        })
+        .collect();
+    let mut errors = 0.0;
+    for (n, (code, lse, cached_mass, error)) in results.into_iter().enumerate() {
+        let at = [n / h, n % h, 0];
+        (output.codes[at], output.lse[at], output.cached_mass[at]) = (code, lse, cached_mass);
+        errors += error;
+    }
+    output.commit_loss = errors / inputs.counted().max(1) as f64;
+}
+
+const CONTIGUOUS: &str = "freshly made";
+
+/// The first step for head h.
+fn score<T: Scalar>(
+    inputs: &BatchInputs<'_, T>,
+    table: &Table<T>,
+    columns: &HeadColumns<T>,
+    h: usize,
+) -> HeadScores<T> {
+    let [q, k] = [&inputs.q, &inputs.k].map(|array| array.slice(s![.., h, 0, ..])); // [B, K]
+    let b = q.nrows();
+    let mut rows = Array2::zeros((2 * b, q.ncols()));
+    rows.slice_mut(s![..b, ..]).assign(&q);
+    rows.slice_mut(s![b.., ..]).assign(&k);
+    let mut q_position = None;
+    if let Some(biases) = &inputs.biases {
+        let mut q_content = rows.slice_mut(s![..b, ..]);
+        q_content += &biases.content.row(h);
+        q_position = Some(&q + &biases.position.row(h));
+    }
+    let (mut products, biases) = rayon::join(
+        || columns.centred.product(rows.view()),
+        || columns.relative.as_ref().zip(q_position).map(|(relative, q)| relative.product(q.view())),
+    );
+    let packed = &table.packed[h];
+    for (mut content, q) in products.rows_mut().into_iter().zip(rows.rows()).take(b) {
+        content += packed.mean.dot(&q);
+    }
+    let of_key = |(key, products): (_, ArrayView1<'_, T>)| {
+        packed.nearest(key, products.to_slice().expect(CONTIGUOUS)).0
+    };
+    let codes = k.rows().into_iter().zip(products.rows().into_iter().skip(b)).map(of_key).collect();
+    HeadScores { rows, products, biases, codes }
+}
