@@ -7,8 +7,8 @@ use transformer_vq::attention::{AttentionState, Inputs, VqAttention, naive, quad
 use transformer_vq::check::relative_rms;
 use transformer_vq::{Error, Scalar};
 
-/// Lengths around the edges of strips (64), blocks (256) and tiles (512).
-const LENGTHS: [usize; 14] = [0, 1, 2, 63, 64, 65, 255, 256, 257, 320, 511, 513, 777, 1100];
+/// Lengths around the edges of rows of lanes (64), tiles (128, 512) and blocks (256), and one of several segments.
+const LENGTHS: [usize; 17] = [0, 1, 2, 63, 64, 65, 127, 129, 255, 256, 257, 320, 511, 513, 777, 1100, 2111];
 
 struct Problem {
     q: Array2<f64>,
@@ -86,10 +86,31 @@ fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(rng: &mut ChaCha8Rng, shape: 
 
 #[test]
 fn it_equals_the_definition_where_every_key_is_its_own_codeword() {
-    for t in LENGTHS {
-        let problem = Problem::new(t, 5, 3);
+    // Widths of less than a register, of several, and of more than register tiles take as they lie.
+    let lengths = LENGTHS.map(|t| (t, 5, 3));
+    for (t, d_k, d_v) in
+        lengths.into_iter().chain([(300, 1, 1), (300, 33, 70), (300, 300, 1), (200, 2, 2100)])
+    {
+        let problem = Problem::new(t, d_k, d_v);
         let errors = problem.quadratic::<f64>().errors(&problem.naive::<f64>());
-        assert!(errors.iter().all(|&error| error <= 1e-13), "T = {t}: {errors:?}");
+        assert!(errors.iter().all(|&error| error <= 1e-13), "T = {t}, K = {d_k}, V = {d_v}: {errors:?}");
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let problem = Problem::new(3333, 20, 18);
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| problem.quadratic::<f32>())
+    };
+    let expected = on(1);
+    for threads in [2, 3, 5] {
+        let got = on(threads);
+        assert_eq!(
+            (got.out, got.lse, got.gradients),
+            (expected.out.clone(), expected.lse.clone(), expected.gradients.clone())
+        );
     }
 }
 
@@ -120,10 +141,17 @@ fn widths_need_not_be_positive_and_strides_do_not_matter() {
         );
     }
     let wide = Problem::new(300, 8, 6);
-    let (q, k, v) = (wide.q.slice(s![.., ..;2]), wide.k.slice(s![.., ..;-2]), wide.v.slice(s![.., ..;2]));
-    let own = [q, k, v].map(|x| x.as_standard_layout().into_owned());
-    let [q_own, k_own, v_own] = own.each_ref().map(|x| x.view());
-    assert_eq!(quadratic::forward(q, k, v).unwrap().0, quadratic::forward(q_own, k_own, v_own).unwrap().0);
+    let (q, k) = (wide.q.slice(s![.., ..;2]), wide.k.slice(s![.., ..;-2]));
+    let (v, d_out) = (wide.v.slice(s![.., ..;2]), wide.d_out.slice(s![.., ..;-2]));
+    let own = [q, k, v, d_out].map(|x| x.as_standard_layout().into_owned());
+    let [q_own, k_own, v_own, d_out_own] = own.each_ref().map(|x| x.view());
+    let (out, lse) = quadratic::forward(q, k, v).unwrap();
+    assert_eq!(quadratic::forward(q_own, k_own, v_own).unwrap(), (out.clone(), lse.clone()));
+    let (out, lse) = (out.view(), lse.view());
+    assert_eq!(
+        quadratic::backward(q, k, v, out, lse, d_out).unwrap(),
+        quadratic::backward(q_own, k_own, v_own, out, lse, d_out_own).unwrap()
+    );
 }
 
 #[test]

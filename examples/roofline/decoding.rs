@@ -63,7 +63,13 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
     }
     report.end()?;
     let Some(small) = run.shapes.iter().find(|shape| shape.name == "small") else { return Ok(()) };
-    let model = training::model(small)?;
+    let speed = sampling(run, small)?;
+    report.paragraph(&format!("sampling one sequence from the small model: {speed:.0} tokens/s"))
+}
+
+/// Tokens per second of one sequence from the model whose training step is measured.
+pub fn sampling(run: &Run<'_>, shape: &Shape) -> Result<f64> {
+    let model = training::model(shape)?;
     let sampler = Sampler { temperature: 1.0, top_k: None, top_p: None };
     let mut generator = Generator::new(&model, sampler, 7)?;
     generator.read(array![32].view())?;
@@ -71,8 +77,7 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
         black_box(generator.next_token().expect("something was read"));
     };
     let [sampled] = rounds(run.pairs, || 1.0, [Task { amount: 1.0, run: sample }]);
-    let speed = 1.0 / sampled.seconds();
-    report.paragraph(&format!("sampling one sequence from the small model: {speed:.0} tokens/s"))
+    Ok(1.0 / sampled.seconds())
 }
 
 /// The model that stands for a shape, and its name.

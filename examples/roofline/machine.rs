@@ -13,6 +13,8 @@ use crate::bandwidth::Memory;
 const SIDE: usize = 2048;
 /// Short tasks are repeated for as long, seconds.
 const SHORTEST: f64 = 0.05;
+/// A round that takes longer needs no other before it, seconds.
+const LONG: f64 = 10.0;
 
 /// The yardsticks on a number of threads.
 pub struct Machine {
@@ -57,20 +59,24 @@ impl Machine {
 #[derive(Debug, Clone, Copy)]
 pub enum Rounds {
     Exactly(usize),
-    /// 15, but not beyond what is affordable: of tasks that take long, at least 5.
+    /// 15, but not beyond what is affordable: of tasks that take long, at least 5, of those that take very long 3.
     Affordable,
 }
 
 impl Rounds {
     const MOST: usize = 15;
-    const LEAST: usize = 5;
-    /// Seconds that all rounds of a measurement may take.
+    const FEW: usize = 5;
+    const LEAST: usize = 3;
+    /// Seconds that 15 rounds of a measurement may take, and that 5 may.
     const BUDGET: f64 = 3.0;
+    const LONG_BUDGET: f64 = 30.0;
 
     fn goes_on(self, done: usize, seconds: f64) -> bool {
         match self {
             Rounds::Exactly(n) => done < n,
-            Rounds::Affordable => done < Self::LEAST || (done < Self::MOST && seconds < Self::BUDGET),
+            Rounds::Affordable if seconds < Self::BUDGET => done < Self::MOST,
+            Rounds::Affordable if seconds < Self::LONG_BUDGET => done < Self::FEW,
+            Rounds::Affordable => done < Self::LEAST,
         }
     }
 }
@@ -83,31 +89,46 @@ pub struct Task<'a> {
 }
 
 /// Runs the tasks in turn, each right after a measurement of the speed that it is compared with.
-pub fn rounds<const N: usize>(
+pub fn rounds<const N: usize>(n: Rounds, yardstick: impl Fn() -> f64, tasks: [Task<'_>; N]) -> [Measured; N] {
+    rounds_against(n, [&yardstick as &dyn Fn() -> f64; N], tasks)
+}
+
+/// [`rounds`] with a yardstick for each task.
+pub fn rounds_against<const N: usize>(
     n: Rounds,
-    yardstick: impl Fn() -> f64,
+    yardsticks: [&dyn Fn() -> f64; N],
     mut tasks: [Task<'_>; N],
 ) -> [Measured; N] {
-    // Once before: buffers come to life, and caches fill.
-    tasks.iter_mut().for_each(|task| (task.run)());
     let mut measured = std::array::from_fn(|_| Measured::default());
-    let (mut done, all) = (0, Instant::now());
-    while n.goes_on(done, all.elapsed().as_secs_f64()) {
-        for (task, Measured { seconds, ratios }) in tasks.iter_mut().zip(&mut measured) {
-            let speed = yardstick();
-            let begun = Instant::now();
-            let mut calls = 0;
-            while calls == 0 || begun.elapsed().as_secs_f64() < SHORTEST {
-                (task.run)();
-                calls += 1;
-            }
-            let one = begun.elapsed().as_secs_f64() / f64::from(calls);
-            seconds.push(one);
-            ratios.push(task.amount / one / speed);
+    let (mut done, mut begun) = (0, Instant::now());
+    let mut first = true;
+    while n.goes_on(done, begun.elapsed().as_secs_f64()) {
+        for ((task, yardstick), measured) in tasks.iter_mut().zip(yardsticks).zip(&mut measured) {
+            task.measure(yardstick(), measured);
         }
-        done += 1;
+        // In the first round buffers come to life and caches fill. In a long one that is nothing.
+        if std::mem::take(&mut first) && begun.elapsed().as_secs_f64() < LONG {
+            measured = std::array::from_fn(|_| Measured::default());
+            begun = Instant::now();
+        } else {
+            done += 1;
+        }
     }
     measured
+}
+
+impl Task<'_> {
+    fn measure(&mut self, yardstick: f64, measured: &mut Measured) {
+        let begun = Instant::now();
+        let mut calls = 0;
+        while calls == 0 || begun.elapsed().as_secs_f64() < SHORTEST {
+            (self.run)();
+            calls += 1;
+        }
+        let one = begun.elapsed().as_secs_f64() / f64::from(calls);
+        measured.seconds.push(one);
+        measured.ratios.push(self.amount / one / yardstick);
+    }
 }
 
 /// A task's rounds.
@@ -128,6 +149,11 @@ impl Measured {
         median(self.ratios.clone())
     }
 
+    /// Its ratio over that of another task of the same rounds: median over rounds.
+    pub fn ratio_over(&self, other: &Self) -> f64 {
+        median(self.ratios.iter().zip(&other.ratios).map(|(mine, other)| mine / other).collect())
+    }
+
     /// How many times as long it takes as another task of the same rounds: median over rounds.
     pub fn over(&self, other: &Self) -> f64 {
         median(self.seconds.iter().zip(&other.seconds).map(|(mine, other)| mine / other).collect())
@@ -142,7 +168,7 @@ pub fn median(mut values: Vec<f64>) -> f64 {
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let of_five = |measure: &dyn Fn() -> f64| median((0..5).map(|_| measure()).collect()) / 1e9;
-        let level = format!("{:?}", Level::new());
+        let level = format!("{:?}", level());
         write!(
             f,
             "{}: product {:.0} GFLOP/s, multiply-adds in registers {:.0} GFLOP/s; memory ({}): reading {:.1} GB/s, copying \
@@ -154,6 +180,17 @@ impl fmt::Display for Machine {
             of_five(&|| self.memory.read()),
             of_five(&|| self.memory.copy()),
         )
+    }
+}
+
+/// The instruction set that the crate uses, which `TRANSFORMER_VQ_SIMD` may have made a lesser one.
+fn level() -> Level {
+    let best = Level::new();
+    match std::env::var("TRANSFORMER_VQ_SIMD").as_deref() {
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Ok("avx2") => best.as_avx2().map_or(best, Level::Avx2),
+        Ok("plain") => Level::baseline(),
+        _ => best,
     }
 }
 
@@ -173,8 +210,7 @@ fn multiply_adds(threads: usize) -> f64 {
     const ROUNDS: usize = 1 << 22;
     let run = || {
         let begun = Instant::now();
-        let sums =
-            (0..threads).into_par_iter().map(|_| dispatch!(Level::new(), simd => chains(simd, ROUNDS)));
+        let sums = (0..threads).into_par_iter().map(|_| dispatch!(level(), simd => chains(simd, ROUNDS)));
         let operations: usize = sums.sum();
         operations as f64 / begun.elapsed().as_secs_f64()
     };

@@ -2,8 +2,9 @@
 //! the speed of a plain matrix product measured next to it; decoding, which reads more than it computes, as bytes per second
 //! against the bandwidth of memory.
 //!
-//! Runs for about seven minutes on two cores, first on one thread, then on all, and takes up to 4 GB (peak memory is that of
-//! 131072 tokens); `--pairs 15` for a quarter of an hour, `--all-lengths` for an hour, `--only` for less.
+//! Runs for about a quarter of an hour on two cores, first on one thread, then on all, and takes up to 6 GB (sequences of
+//! 131072 tokens); `--pairs 15` for three quarters of an hour, `--all-lengths` for more than an hour, `--only` for less.
+//! `TRANSFORMER_VQ_SIMD=avx2` measures the kernels of a lesser instruction set; the product is the library's best in any case.
 //!
 //! ```sh
 //! cargo run --release --example roofline
@@ -13,8 +14,8 @@
 //!
 //! The yardstick is a product of two 2048 x 2048 matrices in f32 by the `gemm` crate on the same threads. Each measurement
 //! is one half of a pair whose other half is that product (in decoding: a pass over memory), so that a machine that slows
-//! down slows both; tables have the medians over pairs, of times and of ratios. A ratio on all threads over that on one is the
-//! scaling, as a fraction of the product's own. Beside the product stands the peak of fused multiply-adds in registers.
+//! down slows both; tables have the medians over pairs, of times and of ratios. Beside the product stands the peak of fused
+//! multiply-adds in registers.
 //! Everything is checked once before it is timed, against its definition where there is one.
 //!
 //! Useful operations, per query and head: assignment 2 S K, content scores 2 S K, relative biases 2 (M+1) K,
@@ -27,6 +28,9 @@
 //! - `unit`: 2 D H (2 K + 3 V) per token for the projections, and attention. No unit is public by itself: it is a model of one
 //!   unit with a vocabulary of two, embedding and logits included.
 //! - `training`: 6 per weight (those that every token is multiplied with) and token, and three times attention's.
+//! - `scaling`: attention on one thread and on all, in turn, each next to a product on as many: the gain over the product's own
+//!   gain. `lengths`: tokens per second of long sequences over those of short ones, in turn.
+//! - `others`: what somebody might run instead, at fixed speeds.
 //! - `decoding`, `memory`: bytes; see there. Peak memory is measured on all threads only.
 
 mod assignment;
@@ -35,8 +39,10 @@ mod bandwidth;
 mod decoding;
 mod machine;
 mod memory;
+mod others;
 mod quadratic;
 mod report;
+mod scaling;
 mod shapes;
 mod training;
 mod unit;
@@ -96,6 +102,9 @@ enum Section {
     Decoding,
     Unit,
     Training,
+    Scaling,
+    Lengths,
+    Others,
     Memory,
 }
 
@@ -143,10 +152,11 @@ fn run(args: &Args) -> Result {
 
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
     let mut report = Report::new(args.out.as_deref())?;
-    if wanted(Section::Attention) || wanted(Section::Quadratic) {
-        pool(most)?.install(|| attention::check(&shapes, biases))?;
-    }
-    for n in threads {
+    pool(most)?.install(|| -> Result {
+        attention::check(&shapes, biases)?;
+        if wanted(Section::Others) { attention::check(&shapes, false) } else { Ok(()) }
+    })?;
+    for &n in &threads {
         let report = &mut report;
         pool(n)?.install(|| -> Result {
             let run = Run {
@@ -167,10 +177,15 @@ fn run(args: &Args) -> Result {
                 (Section::Decoding, decoding::table),
                 (Section::Unit, unit::table),
                 (Section::Training, training::table),
+                (Section::Scaling, scaling::threads_table),
+                (Section::Lengths, scaling::lengths_table),
+                (Section::Others, others::table),
             ];
+            // What compares threads or lengths, or is compared with fixed speeds, on all threads only.
+            let once = [Section::Scaling, Section::Lengths, Section::Others];
             tables
                 .into_iter()
-                .filter(|(section, _)| wanted(*section))
+                .filter(|(section, _)| wanted(*section) && (n == most || !once.contains(section)))
                 .try_for_each(|(_, table)| table(&run, report))
         })?;
     }

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use transformer_vq::Transformer;
 use transformer_vq::train::{AdamW, Batch, BatchConfig, Batches, ByteText, Trainer};
 
+use crate::machine::Measured;
 use crate::report::Report;
 use crate::shapes::{SHAPES, Shape};
 use crate::{Result, Run, agree};
@@ -14,6 +15,8 @@ use crate::{Result, Run, agree};
 const UNITS: usize = 4;
 const BATCH: usize = 4;
 const T: usize = 2048;
+/// Of a step.
+pub const TOKENS: usize = BATCH * T;
 const BYTES: usize = 100_000;
 /// Tokens of the step that is compared with one in f64.
 const CHECKED: usize = 256;
@@ -47,29 +50,37 @@ fn check(model: &Transformer<f32>) -> Result {
     Ok(())
 }
 
-/// One row: the small shape, or the one that was asked for.
-pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
-    let shape = if run.one_shape { run.shapes[0] } else { &SHAPES[1] };
+/// A step of units of this shape.
+pub fn measure(run: &Run<'_>, shape: &Shape) -> Result<Measured> {
     let model = model(shape)?;
     check(&model)?;
-    let weights = UNITS * shape.unit_weights() + shape.d_model * 256;
     let mut trainer = Trainer::new(model, AdamW::default())?;
     let batches = batches(BATCH, T)?;
     let mut turn = batches.iter().cycle();
-    let tokens = BATCH * T;
-    let attention = UNITS as f64 * shape.operations(tokens, true);
-    let operations = 6.0 * tokens as f64 * weights as f64 + 3.0 * attention;
-    let measured = run.machine.pairs(run.pairs, operations, &mut || {
+    Ok(run.machine.pairs(run.pairs, operations(shape), &mut || {
         let batch = turn.next().expect("a cycle");
         black_box(trainer.step(batch, 1.0).expect("checked before"));
-    });
+    }))
+}
+
+/// Useful operations of a step.
+fn operations(shape: &Shape) -> f64 {
+    let weights = UNITS * shape.unit_weights() + shape.d_model * 256;
+    let attention = UNITS as f64 * shape.operations(TOKENS, true);
+    6.0 * TOKENS as f64 * weights as f64 + 3.0 * attention
+}
+
+/// One row: the small shape, or the one that was asked for.
+pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
+    let shape = if run.one_shape { run.shapes[0] } else { &SHAPES[1] };
+    let measured = measure(run, shape)?;
     report.table(&["training step", "D", "B x T", "tokens/s", "GFLOP/s", "ratio"])?;
     report.row(&[
         format!("{} x {UNITS} units", shape.name),
         shape.d_model.to_string(),
         format!("{BATCH} x {T}"),
-        format!("{:.0}", tokens as f64 / measured.seconds()),
-        format!("{:.0}", operations / measured.seconds() / 1e9),
+        format!("{:.0}", TOKENS as f64 / measured.seconds()),
+        format!("{:.0}", operations(shape) / measured.seconds() / 1e9),
         format!("{:.2}", measured.ratio()),
     ])?;
     report.end()

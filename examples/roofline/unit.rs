@@ -9,11 +9,13 @@ use transformer_vq::check::relative_rms;
 use transformer_vq::model::Parameters;
 use transformer_vq::ndarray::{Array2, Array3, s};
 
+use crate::machine::Measured;
 use crate::report::Report;
 use crate::shapes::{Normal, Shape};
 use crate::{Result, Run, agree};
 
-const T: usize = 8192;
+/// Tokens, where no length is asked for.
+pub const T: usize = 8192;
 /// Tokens whose results are compared with those in f64.
 const CHECKED: usize = 300;
 
@@ -64,6 +66,24 @@ impl Unit {
     }
 }
 
+/// Forward, and forward and backward.
+pub fn measure(run: &Run<'_>, shape: &Shape, t: usize) -> Result<[Measured; 2]> {
+    let unit = Unit::new(shape, t)?;
+    unit.check()?;
+    let mut gradients = unit.model.zero_gradients();
+    let operations = operations(shape, t);
+    let forward = run.machine.pairs(run.pairs, operations, &mut || unit.forward().expect("checked before"));
+    let both = run.machine.pairs(run.pairs, 3.0 * operations, &mut || {
+        unit.forward_backward(&mut gradients).expect("checked before");
+    });
+    Ok([forward, both])
+}
+
+/// Useful operations, forward.
+fn operations(shape: &Shape, t: usize) -> f64 {
+    2.0 * t as f64 * shape.unit_weights() as f64 + shape.operations(t, true)
+}
+
 /// One row per gated shape.
 pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
     let t = run.length.unwrap_or(T);
@@ -79,17 +99,9 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
         "ratio",
     ])?;
     for shape in run.shapes.iter().filter(|shape| run.one_shape || shape.gated) {
-        let unit = Unit::new(shape, t)?;
-        unit.check()?;
-        let mut gradients = unit.model.zero_gradients();
-        let operations = 2.0 * t as f64 * shape.unit_weights() as f64 + shape.operations(t, true);
-        let forward =
-            run.machine.pairs(run.pairs, operations, &mut || unit.forward().expect("checked before"));
-        let both = run.machine.pairs(run.pairs, 3.0 * operations, &mut || {
-            unit.forward_backward(&mut gradients).expect("checked before");
-        });
+        let operations = operations(shape, t);
         let mut cells = vec![shape.name.to_string(), shape.d_model.to_string(), t.to_string()];
-        for (measured, passes) in [(forward, 1.0), (both, 3.0)] {
+        for (measured, passes) in measure(run, shape, t)?.into_iter().zip([1.0, 3.0]) {
             cells.extend([
                 format!("{:.0}", t as f64 / measured.seconds()),
                 format!("{:.0}", passes * operations / measured.seconds() / 1e9),

@@ -92,7 +92,7 @@ pub(super) fn softmax<S: Simd, T: Scalar>(
 
 /// `max <- max(max, rows + terms)`, one term per row or none. Maxima stay in registers, which a compiler does not see by itself.
 #[inline(always)]
-fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], terms: &[T], max: &mut Row<T>) {
+pub(super) fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], terms: &[T], max: &mut Row<T>) {
     const TOGETHER: usize = 4;
     let lanes = T::Vector::<S>::LEN;
     let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);

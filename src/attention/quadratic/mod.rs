@@ -1,0 +1,138 @@
+//! The fair competitor: exact causal softmax attention over keys that are not quantized, as fast as this crate can make it.
+//!
+//! ```text
+//! (1)  s_ij = q_i . k_j                                  j <= i
+//! (2)  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
+//! (3)  o_i  = sum_j p_ij v_j
+//! ```
+//!
+//! No T x T matrix is ever whole. Blocks of queries meet tiles of keys; what a query has seen so far is held as a maximum m,
+//! a sum l and an unfinished output, which the next tile corrects:
+//!
+//! ```text
+//! (4)  m' = max(m, max_j s_ij)    l <- l exp(m - m') + sum_j exp(s_ij - m')    o <- o exp(m - m') + sum_j exp(s_ij - m') v_j
+//! ```
+//!
+//! What makes it fast is what makes [`blockwise`](super::blockwise) fast: the same register tiles and exponential, scores
+//! that lie with 64 queries or keys side by side, operands packed once for many products, and recomputation in backward from
+//! `lse` alone. The half that causality hides is skipped: 64 queries meet keys up to their own 64, and only these are masked.
+//!
+//! One head uses all threads of the current rayon pool: forward shares blocks of queries, backward segments of keys, each
+//! of which sums up its own d_q. Both are cut by T alone, so results have the same bits at any number of threads.
+//!
+//! Cost: T^2 (K + V) operations forward, T^2 (3 K + 2 V) backward, T^2 / 2 exponentials in each. Memory beyond inputs and
+//! outputs: per thread the tiles of 256 queries or keys, copies of inputs that are not contiguous, backward 8 d_q at most.
+//! Source: the running maximum and sum are those of FlashAttention (Dao et al., arXiv 2205.14135).
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use rayon::prelude::*;
+
+use crate::error::{check_finite, check_shape};
+use crate::ops::rows::all_finite;
+use crate::{Error, Scalar};
+
+mod backward;
+mod forward;
+
+/// Rows that one task checks.
+const ROWS: usize = 256;
+
+/// Outputs o [T, V], and lse `[T]`, the logarithm of each query's sum of `exp(score)`.
+///
+/// ```
+/// use transformer_vq::attention::quadratic;
+/// use transformer_vq::ndarray::array;
+///
+/// // A query of zeros attends to everything equally: the means of 1; of 1, 3; of 1, 3, 8.
+/// let (q, k, v) = (array![[0.0], [0.0], [0.0]], array![[5.0], [1.0], [2.0]], array![[1.0], [3.0], [8.0]]);
+/// let (out, _) = quadratic::forward(q.view(), k.view(), v.view())?;
+/// assert_eq!(out, array![[1.0], [2.0], [4.0]]);
+/// # Ok::<(), transformer_vq::Error>(())
+/// ```
+///
+/// # Shapes
+/// `q` [T, K], already scaled, `k` [T, K], `v` [T, V].
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::NotFinite`].
+pub fn forward<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(Array2<T>, Array1<T>), Error> {
+    check_inputs(q, k, v)?;
+    let mut out = Array2::zeros(v.raw_dim());
+    let mut lse = vec![T::zero(); q.nrows()];
+    let [q, k, v] = [&q, &k, &v].map(|x| x.as_standard_layout());
+    forward::run(q.view(), k.view(), v.view(), out.view_mut(), &mut lse);
+    Ok((out, lse.into()))
+}
+
+/// d_q [T, K], d_k [T, K], d_v [T, V].
+pub type Gradients<T> = (Array2<T>, Array2<T>, Array2<T>);
+
+/// Gradients of `sum(d_out * out)` with respect to q, k and v.
+///
+/// ```text
+/// (3)  dp_ij = dO_i . v_j               dv_j = sum_{i>=j} p_ij dO_i
+/// (2)  ds_ij = p_ij (dp_ij - dO_i . o_i)
+/// (1)  dq_i  = sum_{j<=i} ds_ij k_j     dk_j = sum_{i>=j} ds_ij q_i
+/// ```
+///
+/// # Shapes
+/// `q`, `k`, `v` as in [`forward`], `out` [T, V] and `lse` `[T]` from there, `d_out` [T, V].
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    out: ArrayView2<'_, T>,
+    lse: ArrayView1<'_, T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<Gradients<T>, Error> {
+    check_inputs(q, k, v)?;
+    let t = q.nrows();
+    check_shape("out", v.shape(), out.shape())?;
+    check_shape("lse", &[t], lse.shape())?;
+    check_shape("d_out", v.shape(), d_out.shape())?;
+    check_rows("out", out)?;
+    check_finite("lse", lse)?;
+    check_rows("d_out", d_out)?;
+    let mut delta = vec![T::zero(); t];
+    let parts = delta.par_chunks_mut(ROWS).zip(d_out.axis_chunks_iter(Axis(0), ROWS));
+    parts.zip(out.axis_chunks_iter(Axis(0), ROWS)).for_each(|((delta, d_out), out)| {
+        for ((delta, d_out), out) in delta.iter_mut().zip(d_out.rows()).zip(out.rows()) {
+            *delta = d_out.dot(&out);
+        }
+    });
+    let lse = lse.to_vec();
+    let (mut d_q, mut d_k) = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()));
+    let mut d_v = Array2::zeros(v.raw_dim());
+    let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|x| x.as_standard_layout());
+    let (q, k, v, d_out) = (q.view(), k.view(), v.view(), d_out.view());
+    let given = backward::Given { q, k, v, d_out, lse: &lse, delta: &delta };
+    backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
+    Ok((d_q, d_k, d_v))
+}
+
+fn check_inputs<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(), Error> {
+    check_shape("k", q.shape(), k.shape())?;
+    check_shape("v", &[q.nrows(), v.ncols()], v.shape())?;
+    check_rows("q", q)?;
+    check_rows("k", k)?;
+    check_rows("v", v)
+}
+
+/// [`check_finite`] on all threads.
+fn check_rows<T: Scalar>(what: &'static str, x: ArrayView2<'_, T>) -> Result<(), Error> {
+    if x.axis_chunks_iter(Axis(0), ROWS).into_par_iter().all(all_finite) {
+        return Ok(());
+    }
+    check_finite(what, x)
+}
