@@ -15,6 +15,8 @@
 //! as if it had never been stopped. Killed, it goes on from the last line of its log.
 
 mod args;
+#[path = "../support/chart.rs"]
+mod chart;
 mod log;
 mod picture;
 mod run;
