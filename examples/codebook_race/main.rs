@@ -62,7 +62,7 @@ pub struct Args {
     #[arg(long, default_value = "")]
     only: String,
     /// Highest rate of Adam, for codewords that learn by gradient
-    #[arg(long, default_value_t = 0.03, value_parser = rate)]
+    #[arg(long, default_value_t = 0.03, value_parser = learner::rate)]
     rate: f32,
     /// Seed of the mixture, the keys and the starts
     #[arg(long, default_value_t = 1)]
@@ -70,11 +70,6 @@ pub struct Args {
     /// Folder for the picture
     #[arg(long, default_value = "runs/codebook_race")]
     out: PathBuf,
-}
-
-fn rate(text: &str) -> Result<f32, String> {
-    let rate = text.parse().ok().filter(|&rate| f32::is_finite(rate) && rate > 0.0);
-    rate.ok_or("expected a positive number".into())
 }
 
 /// How a codebook does on the judged keys.

@@ -7,7 +7,7 @@ use transformer_vq::ops::linear;
 
 use crate::Args;
 use crate::adam::Adam;
-use crate::learner::{Learner, one_head};
+use crate::learner::{Learner, one_head, rows};
 use crate::racers::Racer;
 
 /// Adam's rate for encoder and decoder, at the start.
@@ -75,7 +75,7 @@ impl Runner {
         if let Some(Encoder { a, b, adam, estimator }) = &mut self.encoder {
             let (codes, codewords) = (codes.view(), codewords.view());
             let quantized = lookup(codes, codewords)?;
-            let quantized = quantized.index_axis(Axis(0), 0).index_axis_move(Axis(0), 0); // [N, K]
+            let quantized = rows(&quantized); // [N, K]
             let decoded = linear::forward(quantized, b.view(), None)?;
             let d_decoded = (decoded - x) * (2.0 / x.nrows() as f32);
             let (mut d_a, mut d_b) = (Array2::zeros(a.dim()), Array2::zeros(b.dim()));
@@ -86,8 +86,7 @@ impl Runner {
             }
             let mut d_keys = estimator.key_gradient(keys, codes, codewords, d_quantized.to_owned())?;
             d_keys += &commitment::backward(keys, codes, codewords, None, COMMIT_WEIGHT)?;
-            let d_keys = d_keys.index_axis(Axis(0), 0).index_axis_move(Axis(0), 0);
-            linear::backward(x, a.view(), d_keys, d_a.view_mut(), None)?;
+            linear::backward(x, a.view(), rows(&d_keys), d_a.view_mut(), None)?;
             let pairs = [(a, &d_a), (b, &d_b)];
             let pairs = pairs.map(|(p, d)| (p.view_mut().into_dyn(), d.view().into_dyn()));
             adam.step(ENCODER_RATE * rate, pairs);

@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use transformer_vq::Error;
 use transformer_vq::codebook::revive::replacements;
 use transformer_vq::codebook::{CodeStats, Codebook, Ema, Learning, Smoothing, codebook_loss, start};
-use transformer_vq::ndarray::{Array2, Array3, ArrayView2, ArrayView4, Axis};
+use transformer_vq::ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, Axis};
 
 use crate::adam::Adam;
 
@@ -172,4 +172,15 @@ impl Learner {
 /// Rows as keys of one sequence and one head [1, 1, N, K].
 pub fn one_head(rows: ArrayView2<'_, f32>) -> ArrayView4<'_, f32> {
     rows.insert_axis(Axis(0)).insert_axis(Axis(0))
+}
+
+/// The rows of one sequence and one head [1, 1, N, K].
+pub fn rows(array: &Array4<f32>) -> ArrayView2<'_, f32> {
+    array.index_axis(Axis(0), 0).index_axis_move(Axis(0), 0)
+}
+
+/// A rate of a command line.
+pub fn rate(text: &str) -> Result<f32, String> {
+    let rate = text.parse().ok().filter(|&rate| f32::is_finite(rate) && rate > 0.0);
+    rate.ok_or("expected a positive number".into())
 }

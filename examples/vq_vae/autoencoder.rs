@@ -13,7 +13,7 @@ use transformer_vq::ndarray::{Array2, Array3, ArrayView2, Axis};
 use crate::Args;
 use crate::adam::Adam;
 use crate::images::{GRID, PATCHES, WIDTH};
-use crate::learner::{Learner, one_head};
+use crate::learner::{Learner, one_head, rows};
 use crate::network::Network;
 
 const COMMIT_WEIGHT: f64 = 0.25;
@@ -85,9 +85,4 @@ impl Autoencoder {
         }
         Ok(patches)
     }
-}
-
-/// The rows of one sequence and one head [1, 1, N, K].
-fn rows(array: &transformer_vq::ndarray::Array4<f32>) -> ArrayView2<'_, f32> {
-    array.index_axis(Axis(0), 0).index_axis_move(Axis(0), 0)
 }

@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0.1, value_parser = ratio)]
     revive: f64,
     /// Highest rate of Adam, for the network and for codewords that learn by gradient
-    #[arg(long, default_value_t = 0.002, value_parser = rate)]
+    #[arg(long, default_value_t = 0.002, value_parser = learner::rate)]
     rate: f32,
     /// Seed of pictures, weights and codewords
     #[arg(long, default_value_t = 1)]
@@ -81,11 +81,6 @@ pub struct Args {
 fn ratio(text: &str) -> Result<f64, String> {
     let ratio = text.parse().ok().filter(|ratio| (0.0..1.0).contains(ratio));
     ratio.ok_or("expected a number from 0 to below 1".into())
-}
-
-fn rate(text: &str) -> Result<f32, String> {
-    let rate = text.parse().ok().filter(|&rate| f32::is_finite(rate) && rate > 0.0);
-    rate.ok_or("expected a positive number".into())
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
