@@ -33,7 +33,7 @@ use autoencoder::Autoencoder;
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use learner::{Kind, Start};
-use transformer_vq::codebook::{Estimator, Rotation, Smoothing};
+use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
 use transformer_vq::ndarray::{Array2, ArrayView2};
 
 /// Pictures of a batch, and those by which it is judged.
@@ -118,16 +118,27 @@ impl Learning {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum KeyGradient {
     StraightThrough,
+    /// The rotation trick, as in the paper
     Rotation,
+    /// The same, its scale at most 1
+    RotationCapped,
+    /// The same, its scale 1
+    RotationUnscaled,
+    /// The normalized variant
+    RotationNormalized,
     Directional,
     None,
 }
 
 impl KeyGradient {
     fn estimator(self) -> Estimator {
+        let rotation = |variant, scale| Estimator::Rotation(Rotation { variant, scale });
         match self {
             KeyGradient::StraightThrough => Estimator::StraightThrough,
-            KeyGradient::Rotation => Estimator::Rotation(Rotation::default()),
+            KeyGradient::Rotation => rotation(RotationVariant::Paper, RotationScale::Ratio),
+            KeyGradient::RotationCapped => rotation(RotationVariant::Paper, RotationScale::AtMost(1.0)),
+            KeyGradient::RotationUnscaled => rotation(RotationVariant::Paper, RotationScale::One),
+            KeyGradient::RotationNormalized => rotation(RotationVariant::Normalized, RotationScale::Ratio),
             KeyGradient::Directional => Estimator::Directional,
             KeyGradient::None => Estimator::None,
         }

@@ -401,7 +401,13 @@ mod tests {
         let mut c = Array2::from_elem((3, 1), f32::NAN);
         assert!(!product(levels()[0], (a.view(), Triangle::Full), b.slice(s![.., ..1]), c.view_mut(), false));
         let mut c_t = Array2::from_elem((40, 3), f32::NAN);
-        assert!(!product(levels()[0], (a.view(), Triangle::Full), b.view(), c_t.view_mut().reversed_axes(), false));
+        assert!(!product(
+            levels()[0],
+            (a.view(), Triangle::Full),
+            b.view(),
+            c_t.view_mut().reversed_axes(),
+            false
+        ));
         let b_t = b.t().as_standard_layout().into_owned();
         let mut c_all = Array2::from_elem((3, 40), f32::NAN);
         assert!(!product(levels()[0], (a.view(), Triangle::Full), b_t.t(), c_all.view_mut(), false));
