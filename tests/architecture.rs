@@ -220,6 +220,8 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<model::ModelConfig>();
     public::<model::LearningConfig>();
     public::<model::CodewordGradient>();
+    public::<model::CodebookStart>();
+    public::<model::Revival>();
     public::<model::Transformer>();
     public::<model::Saved<f32>>();
     public::<model::LossAndGradients<f32>>();

@@ -10,7 +10,9 @@ use tempfile::TempDir;
 use training::{bits, config, files, progress, train, trainer};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
-use transformer_vq::model::{CodewordGradient, LearningConfig, ModelConfig, Transformer};
+use transformer_vq::model::{
+    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival, Transformer,
+};
 use transformer_vq::ndarray::array;
 use transformer_vq::train::{Budget, Progress, RecentLoss, Schedule, Trainer};
 use transformer_vq::{Error, Scalar};
@@ -70,6 +72,12 @@ fn models_come_back_bit_for_bit() {
     });
 }
 
+/// From keys of the first batch, with new starts for idle codes.
+fn revived() -> ModelConfig {
+    let revival = Some(Revival { ratio: 1.0 / 3.0, every: 2 });
+    ModelConfig { start: CodebookStart::KMeans { steps: 3 }, revival, ..config() }
+}
+
 /// Every kind of learning, every estimator.
 fn kinds() -> Vec<ModelConfig> {
     let gradient = CodewordGradient { codebook_weight: 0.1 + 0.2, from_attention: true };
@@ -89,7 +97,7 @@ fn kinds() -> Vec<ModelConfig> {
 
 #[test]
 fn every_kind_of_learning_comes_back_bit_for_bit() {
-    for config in kinds() {
+    for config in kinds().into_iter().chain([revived()]) {
         model_comes_back::<f32>(config.clone());
         model_comes_back::<f64>(config.clone());
         training_of::<f32>(&config);
@@ -102,7 +110,7 @@ fn older_checkpoints_are_read_as_moving_averages() {
     let (folder, trainer, _) = saved::<f32>();
     let json = folder.path().join(JSON);
     let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    let new = ["learning", "estimator"];
+    let new = ["learning", "estimator", "start", "revival"];
     for field in new {
         assert!(manifest["model"].as_object_mut().unwrap().remove(field).is_some());
     }

@@ -6,7 +6,7 @@ mod training;
 
 use training::{STEPS, bits, config, progress, train, trainer};
 use transformer_vq::attention::VqAttention;
-use transformer_vq::model::{ModelConfig, Transformer};
+use transformer_vq::model::{CodebookStart, ModelConfig, Revival, Transformer};
 use transformer_vq::train::{AdamW, Batch, Trainer};
 use transformer_vq::{Error, Scalar};
 
@@ -31,6 +31,9 @@ fn stopped_after_any_step<T: Scalar>(config: &ModelConfig) {
 fn a_run_stopped_after_any_step_ends_in_the_same_bits() {
     stopped_after_any_step::<f32>(&config());
     stopped_after_any_step::<f64>(&config());
+    let revival = Some(Revival { ratio: 0.5, every: 2 });
+    let start = CodebookStart::KMeans { steps: 3 };
+    stopped_after_any_step::<f32>(&ModelConfig { start, revival, ..config() });
     for window in [0, 1, 30] {
         let attention = VqAttention { window, ..config().attention };
         let tied_embedding = window == 1;

@@ -15,9 +15,15 @@
 //! as if it had never been stopped. Killed, it goes on from the last line of its log.
 
 mod args;
+#[path = "../support/chart.rs"]
+mod chart;
 mod log;
 mod picture;
 mod run;
+#[path = "../support/sizes.rs"]
+mod sizes;
+#[path = "../support/text.rs"]
+mod text;
 
 use std::error::Error;
 use std::fmt::Display;
@@ -34,7 +40,8 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, Row};
 use run::Run;
-use transformer_vq::generate::{Generator, Sampler, Scorer};
+use text::{bits, score};
+use transformer_vq::generate::{Generator, Sampler};
 use transformer_vq::model::Transformer;
 use transformer_vq::ndarray::Array1;
 use transformer_vq::train::{Budget, ByteText, Progress};
@@ -43,8 +50,6 @@ use transformer_vq::train::{Budget, ByteText, Progress};
 const EVALUATIONS: u64 = 20;
 /// Bytes of each.
 const EVALUATION_LEN: usize = 16 * 1024;
-/// Bytes that evaluation reads at once.
-const PIECE_LEN: usize = 2048;
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
@@ -190,23 +195,6 @@ fn show(bar: &ProgressBar, progress: &Progress, step: u64, tokens_per_second: f6
         bits(progress.recent.mean()),
         indicatif::HumanDuration(left),
     ));
-}
-
-fn bits(nats: f64) -> f64 {
-    nats / std::f64::consts::LN_2
-}
-
-/// Reads a range of the text as one stream with carried state.
-fn score<'m>(
-    model: &'m Transformer,
-    text: &ByteText,
-    range: Range<usize>,
-) -> Result<Scorer<'m>, Box<dyn Error>> {
-    let mut scorer = Scorer::new(model)?;
-    for (tokens, targets) in text.pieces(range, PIECE_LEN)? {
-        scorer.push(tokens.row(0), targets.row(0))?;
-    }
-    Ok(scorer)
 }
 
 /// A sample, and the whole held-out text with and without the compressive cache.

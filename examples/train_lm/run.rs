@@ -3,18 +3,15 @@
 use std::error::Error;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use transformer_vq::model::{Transformer, write_atomically};
-use transformer_vq::train::{
-    BatchConfig, Batches, Budget, ByteText, Progress, RecentLoss, Schedule, Trainer,
-};
+use transformer_vq::train::{Batches, Budget, ByteText, Progress, Trainer};
 
-use crate::args::{Args, Sizes};
-
-/// Part of the text that is held out.
-const HELD_OUT: f64 = 0.1;
+use crate::args::Args;
+use crate::sizes::Sizes;
+use crate::text::{cut, name, read_text};
 
 /// What a run was begun with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,16 +63,7 @@ impl Run {
             (Some(steps), _) => Budget::Steps(steps),
             (None, minutes) => Budget::Seconds(60.0 * minutes.unwrap_or(2.0)),
         };
-        let Sizes { batch_size, sequence_len, update_len, .. } = sizes;
-        let progress = Progress {
-            batches: BatchConfig { batch_size, sequence_len, update_len, seed },
-            position: 0,
-            seconds: 0.0,
-            schedule: Schedule::new(sizes.warmup, 0.1)?,
-            budget,
-            recent: RecentLoss::default(),
-        };
-        progress.validate()?;
+        let progress = sizes.progress(budget, seed)?;
         let config = sizes.model();
         config.validate()?;
         // Weights, their gradients and two moments: better refused here than in the middle of it.
@@ -134,61 +122,4 @@ impl Run {
     pub fn is_over(&self) -> bool {
         self.progress.fraction(self.trainer.steps()) >= 1.0
     }
-}
-
-fn name(data: Option<&Path>) -> String {
-    data.map_or("this crate's sources and documentation".into(), |path| path.display().to_string())
-}
-
-/// The two parts of the text, and the batches of the first.
-#[allow(clippy::type_complexity)] // three results of one cut
-fn cut(
-    text: &ByteText,
-    progress: &Progress,
-) -> Result<(std::ops::Range<usize>, std::ops::Range<usize>, Batches), Box<dyn Error>> {
-    let (training, held_out) = match text.split(HELD_OUT) {
-        Ok(parts) => parts,
-        Err(_) => return Err(too_short(text.as_bytes().len(), progress)),
-    };
-    if training.len() <= progress.batches.sequence_len {
-        return Err(too_short(text.as_bytes().len(), progress));
-    }
-    let mut batches = Batches::new(text.clone(), training.clone(), progress.batches)?;
-    batches.seek(progress.position);
-    Ok((training, held_out, batches))
-}
-
-fn too_short(bytes: usize, progress: &Progress) -> Box<dyn Error> {
-    let sequence_len = progress.batches.sequence_len;
-    format!("the text is too short: {bytes} bytes, and nine tenths of it must be more than the {sequence_len} of --sequence-len").into()
-}
-
-/// The text to learn. Without a file: README, documentation and sources of this crate, in the order of their names.
-fn read_text(data: Option<&Path>) -> Result<ByteText, Box<dyn Error>> {
-    if let Some(path) = data {
-        return Ok(ByteText::open(path)?);
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut files = vec![root.join("README.md")];
-    let mut folders: Vec<PathBuf> =
-        ["src", "docs", "examples", "tests", "benches"].map(|name| root.join(name)).into();
-    files.retain(|file| file.is_file());
-    folders.retain(|folder| folder.is_dir());
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).map_err(|e| format!("cannot read {}: {e}", folder.display()))? {
-            let path = entry?.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "md") {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    let mut bytes = vec![];
-    for path in files {
-        bytes.extend(fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?);
-    }
-    Ok(ByteText::from_bytes(bytes)
-        .map_err(|_| "this crate's sources are not here: name a text with --data")?)
 }

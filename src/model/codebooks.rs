@@ -3,16 +3,18 @@
 //! A codebook's state is in two places, and in each once: what the optimizer moves is in the unit's parameters, the rest in a
 //! [`Learning`]. Together they give the codewords.
 //!
-//! How codewords begin: moving averages as published, N(0, 1 / (H S)). Otherwise every number of a codeword is from
+//! How codewords begin, if at random: moving averages as published, N(0, 1 / (H S)). Otherwise every number of a codeword is from
 //! N(0, K^(-1/2)), which is the size of a key's numbers (normalised keys times K^(-1/4)): by itself, or as a basis from
 //! N(0, 1/f) times a matrix from N(0, K^(-1/2)), without a bias.
+//!
+//! Starting from keys and reviving are calls of their own, with the keys of a step of training.
 
-use ndarray::Array3;
+use ndarray::{Array3, Array4, ArrayView2};
 use rand_chacha::ChaCha8Rng;
 
 use super::parameters::{fill_normal, standard_normal};
-use super::{LearningConfig, ModelConfig, Parameters};
-use crate::codebook::{Basis, Ema, Learning};
+use super::{LearningConfig, ModelConfig, Parameters, Transformer};
+use crate::codebook::{Basis, Codebook, Ema, Learning, start};
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
@@ -36,6 +38,83 @@ pub(super) fn begin(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Result<Learni
         }
         LearningConfig::Frozen => Learning::Frozen(normal(d_k, config.key_scale())),
     })
+}
+
+impl<T: Scalar> Transformer<T> {
+    /// Starts every codebook at the centres of the keys of a piece, which begins its sequences: k-means++ and at most `steps`
+    /// steps of Lloyd, unit by unit, each with the codebooks before it started.
+    ///
+    /// [`Trainer`](crate::train::Trainer) does this with its first batch if the configuration says so.
+    ///
+    /// # Shapes
+    /// `tokens` [B, T].
+    ///
+    /// # Errors
+    /// [`Error::Empty`] without a token, [`Error::OutOfRange`] for one outside the vocabulary, [`Error::Invalid`] for codewords
+    /// that are a basis times a matrix, [`Error::NotFinite`] for keys. The codebooks are then as they were.
+    pub fn start_codebooks(
+        &mut self,
+        tokens: ArrayView2<'_, u32>,
+        steps: usize,
+        seed: u64,
+    ) -> Result<(), Error> {
+        let mut started = self.clone();
+        let mut state = self.new_state(tokens.nrows())?;
+        self.check(tokens, &state)?;
+        let mut x = self.embed(tokens, 0)?;
+        for (i, states) in state.layers.iter_mut().enumerate() {
+            let keys = started.with_layer(i, |layer| layer.keys(&x, tokens.nrows()))?;
+            let seed = seed.wrapping_add(i as u64);
+            let codewords = start::k_means(keys.view(), self.config().n_codes, None, steps, seed)?;
+            started.set_codewords(i, codewords)?;
+            x = started.with_layer(i, |layer| layer.push(x, states))?.0;
+        }
+        *self = started;
+        Ok(())
+    }
+
+    /// Gives idle codes of every unit a new start at keys of this step, those of its
+    /// [`LayerReport`](super::LayerReport); how many of each unit.
+    ///
+    /// To be called after [`update_codebooks`](Self::update_codebooks). [`Trainer`](crate::train::Trainer) does this as the
+    /// configuration says.
+    ///
+    /// # Shapes
+    /// `keys` [B, H, T, K], one per unit.
+    ///
+    /// # Errors
+    /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as units. The codebooks are then as they
+    /// were.
+    pub fn revive_codebooks(
+        &mut self,
+        keys: &[Array4<T>],
+        ratio: f64,
+        seed: u64,
+    ) -> Result<Vec<usize>, Error> {
+        check_shape("keys", &[self.config().n_layers], &[keys.len()])?;
+        let mut codebooks = self.codebooks();
+        let revive = |(i, (codebook, keys)): (u64, (&mut Codebook<T>, &Array4<T>))| {
+            codebook.revive(keys.view(), None, ratio, seed.wrapping_add(i))
+        };
+        let revived = (0..).zip(codebooks.iter_mut().zip(keys)).map(revive).collect::<Result<_, _>>()?;
+        self.learning = codebooks.iter().map(|codebook| codebook.learning().clone()).collect();
+        Ok(revived)
+    }
+
+    /// Writes the codewords of one unit.
+    fn set_codewords(&mut self, unit: usize, codewords: Array3<T>) -> Result<(), Error> {
+        match &mut self.learning[unit] {
+            Learning::Ema(ema) => {
+                *ema = Ema::from_codewords(codewords, ema.decay())?.with_smoothing(ema.smoothing())?;
+            }
+            Learning::Gradient => self.parameters.layers[unit].codebook.codewords = Some(codewords),
+            Learning::Frozen(frozen) => *frozen = codewords,
+            linear @ Learning::Linear(_) => {
+                return Err(Error::invalid("codebooks", "codewords that can be written", kind(linear)));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Checks that these codebooks, one per unit, are those of the configuration.

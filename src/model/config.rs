@@ -55,6 +55,37 @@ pub struct ModelConfig {
     /// How gradients pass from quantized keys to keys.
     #[serde(default)]
     pub estimator: Estimator,
+    /// What codewords begin as.
+    #[serde(default)]
+    pub start: CodebookStart,
+    /// New starts for codes that hardly any key takes, if codebooks learn by moving averages.
+    #[serde(default)]
+    pub revival: Option<Revival>,
+}
+
+/// What the codewords of a model begin as: see [`start`](crate::codebook::start).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum CodebookStart {
+    /// Random numbers: for moving averages as published, otherwise about as large as keys.
+    #[default]
+    Random,
+    /// As `Random`; the first step of training then replaces them by the centres of its batch's keys, found by k-means++. Not
+    /// for codewords that are a basis times a matrix.
+    KMeans {
+        /// Steps of Lloyd, at most.
+        steps: usize,
+    },
+}
+
+/// When training gives codes a new start: see [`revive`](crate::codebook::revive).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revival {
+    /// A code is idle if it is used less than this times as often as the average code of its head; from 0 to below 1.
+    pub ratio: f64,
+    /// Steps of training from one look to the next.
+    pub every: u64,
 }
 
 /// How the codebooks of a model learn: see [`Learning`](crate::codebook::Learning).
@@ -132,6 +163,8 @@ impl Default for ModelConfig {
             codebook_decay: 0.99,
             learning: LearningConfig::default(),
             estimator: Estimator::StraightThrough,
+            start: CodebookStart::Random,
+            revival: None,
         }
     }
 }
@@ -175,6 +208,26 @@ impl ModelConfig {
         self.estimator.validate()?;
         if let LearningConfig::Ema { smoothing } = self.learning {
             smoothing.validate()?;
+        }
+        if let Some(Revival { ratio, every }) = self.revival {
+            if !matches!(self.learning, LearningConfig::Ema { .. }) {
+                let got = format!("learning by {:?}", self.learning);
+                return Err(Error::invalid(
+                    "revival",
+                    "none, unless codebooks learn by moving averages",
+                    got,
+                ));
+            }
+            if !(0.0..1.0).contains(&ratio) {
+                return Err(Error::invalid("revival.ratio", "0 or more, and below 1", ratio));
+            }
+            if every == 0 {
+                return Err(Error::invalid("revival.every", "at least 1", every));
+            }
+        }
+        if let (CodebookStart::KMeans { .. }, LearningConfig::Linear { .. }) = (self.start, &self.learning) {
+            let expected = "random, for codewords that are a basis times a matrix";
+            return Err(Error::invalid("start", expected, "k-means"));
         }
         if let Some(CodewordGradient { codebook_weight, .. }) = self.learning.gradient()
             && !(codebook_weight.is_finite() && codebook_weight >= 0.0)

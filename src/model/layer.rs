@@ -123,6 +123,8 @@ pub struct LayerReport<T> {
     pub commit_loss: f64,
     /// The share of attention that fell on cached codes, mean over queries and heads.
     pub cached_mass: f64,
+    /// The keys [B, H, T, K] in training, if the configuration revives codes.
+    pub keys: Option<Array4<T>>,
 }
 
 /// What a unit reports of a piece that it infers from.
@@ -138,7 +140,7 @@ fn split<T: Scalar>(output: BatchOutput<T>) -> (Array2<T>, LayerReport<T>) {
     let BatchOutput { out, stats, commit_loss, cached_mass, .. } = output;
     let queries = cached_mass.len().max(1) as f64;
     let cached_mass = cached_mass.iter().map(|mass| mass.as_f64()).sum::<f64>() / queries;
-    (rows(out), LayerReport { stats, commit_loss, cached_mass })
+    (rows(out), LayerReport { stats, commit_loss, cached_mass, keys: None })
 }
 
 /// A unit: its configuration, what it learned, and what follows from that.
@@ -166,7 +168,8 @@ impl<T: Scalar> Layer<'_, T> {
         let mut output = BatchOutput::default();
         let (attention, _) =
             self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states, &mut output);
-        let (out, report) = split(output);
+        let (out, mut report) = split(output);
+        report.keys = self.config.revival.map(|_| self.per_head(&activated.k, states.nrows()).to_owned());
         let y = self.gate(&x, &out, &projected)?;
         let stats = self.config.learning.gradient().map(|_| report.stats.clone());
         Ok((y, report, Saved { x, norm, projected, out, attention, stats }))
@@ -187,6 +190,12 @@ impl<T: Scalar> Layer<'_, T> {
         let output = self.config.attention.push_unchecked(&inputs, table, columns, states);
         let (out, LayerReport { commit_loss, cached_mass, .. }) = split(output);
         Ok((self.gate(&x, &out, &projected)?, PieceReport { commit_loss, cached_mass }))
+    }
+
+    /// The keys [B, H, T, K] of `x` [B T, D].
+    pub fn keys(&self, x: &Array2<T>, batch: usize) -> Result<Array4<T>, Error> {
+        let projected = self.project(&self.normalize(x)?.0)?;
+        Ok(self.per_head(&self.activate(&projected)?.k, batch).to_owned())
     }
 
     /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].

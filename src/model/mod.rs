@@ -21,7 +21,7 @@ mod tensor_file;
 mod transformer;
 
 pub use atomic_file::write_atomically;
-pub use config::{CodewordGradient, LearningConfig, ModelConfig};
+pub use config::{CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival};
 pub use layer::{LayerReport, PieceReport};
 pub use loss::LossAndGradients;
 pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};

@@ -20,7 +20,7 @@ use ndarray::{Array, ArrayD, Axis, Dimension, concatenate, s};
 use serde::Deserialize;
 
 use super::parameters::{LayerParameters, NormParameters, Parameters};
-use super::{LearningConfig, ModelConfig, Transformer};
+use super::{CodebookStart, LearningConfig, ModelConfig, Transformer};
 use crate::attention::VqAttention;
 use crate::codebook::{Ema, Estimator, Learning};
 use crate::error::check_shape;
@@ -88,6 +88,8 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
         codebook_decay: published.c_gamma,
         learning: LearningConfig::default(),
         estimator: Estimator::StraightThrough,
+        start: CodebookStart::Random,
+        revival: None,
     };
     config.validate()?;
     Ok(config)

@@ -38,9 +38,9 @@ use crate::{Error, Scalar};
 pub struct Transformer<T = f32> {
     config: ModelConfig,
     /// What the optimizer moves.
-    parameters: Parameters<T>,
+    pub(super) parameters: Parameters<T>,
     /// The rest of the codebooks, one per unit.
-    learning: Vec<Learning<T>>,
+    pub(super) learning: Vec<Learning<T>>,
 }
 
 /// What backward needs of forward.
@@ -306,6 +306,18 @@ impl<T: Scalar> Transformer<T> {
         let parts = self.parameters.layers.iter().zip(&self.learning).zip(prepared);
         let config = &self.config;
         parts.map(move |((parameters, learning), prepared)| Layer { config, parameters, learning, prepared })
+    }
+
+    /// What `f` makes of one unit as it is now.
+    pub(super) fn with_layer<R>(
+        &self,
+        unit: usize,
+        f: impl FnOnce(Layer<'_, T>) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let (config, parameters, learning) =
+            (&self.config, &self.parameters.layers[unit], &self.learning[unit]);
+        let prepared = layer::Prepared::new(config, parameters, learning, self.distances()?.view())?;
+        f(Layer { config, parameters, learning, prepared: &prepared })
     }
 
     pub(super) fn check(&self, tokens: ArrayView2<'_, u32>, state: &ModelState<T>) -> Result<(), Error> {

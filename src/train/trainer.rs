@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! (1)  loss and gradients of a batch, from the state that the last batch left (a constant)
-//! (2)  codebooks <- moving averages of the batch's keys
+//! (2)  codebooks <- moving averages of the batch's keys; idle codes <- some of these keys, where the configuration says so
 //! (3)  parameters <- AdamW(gradients)
 //! ```
 
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use super::Batch;
 use super::adamw::{AdamW, sum_of_squares};
 use super::checkpoint::{self, Progress};
-use crate::model::{ModelState, Parameters, Transformer};
+use crate::model::{CodebookStart, ModelState, Parameters, Revival, Transformer};
 use crate::{Error, Scalar};
 
 /// A model in training: its optimizer's moments and the state carried from batch to batch.
@@ -110,22 +110,36 @@ impl<T: Scalar> Trainer<T> {
         if !factor.is_finite() {
             return Err(Error::invalid("factor", "finite", factor));
         }
+        let mut started = None; // becomes the model if the step is taken
+        if let (CodebookStart::KMeans { steps }, 0) = (self.model.config().start, self.steps) {
+            started.insert(self.model.clone()).start_codebooks(batch.tokens.view(), steps, 0)?;
+        }
+        let model = started.as_ref().unwrap_or(&self.model);
         let mut state = match &self.state {
             Some(state) if !batch.first => state.clone(),
-            _ => self.model.new_state(batch.tokens.nrows())?,
+            _ => model.new_state(batch.tokens.nrows())?,
         };
         // (1)
-        let result =
-            self.model.loss_and_gradients(batch.tokens.view(), batch.targets.view(), None, &mut state)?;
+        let result = model.loss_and_gradients(batch.tokens.view(), batch.targets.view(), None, &mut state)?;
         let gradients = result.gradients.views();
         let gradient_norm = gradients.iter().map(|g| sum_of_squares(g.value.view())).sum::<f64>().sqrt();
         if !(result.total.is_finite() && gradient_norm.is_finite()) {
             let loss = format!("{} with a gradient of norm {gradient_norm}", result.total);
             return Err(Error::Diverged { step: self.steps, loss, checkpoint: self.last_checkpoint.clone() });
         }
+        if let Some(started) = started {
+            self.model = started;
+        }
         // (2) before (3): it can refuse, and then nothing may have changed.
-        let stats: Vec<_> = result.layers.into_iter().map(|layer| layer.stats).collect();
+        let (stats, keys): (Vec<_>, Vec<_>) =
+            result.layers.into_iter().map(|layer| (layer.stats, layer.keys)).unzip();
         self.model.update_codebooks(&stats)?;
+        if let Some(Revival { ratio, every }) = self.model.config().revival
+            && (self.steps + 1).is_multiple_of(every)
+        {
+            let keys: Vec<_> = keys.into_iter().flatten().collect();
+            self.model.revive_codebooks(&keys, ratio, self.steps.wrapping_mul(keys.len() as u64))?;
+        }
         // (3)
         let scale = self.optimizer.gradient_scale(gradient_norm);
         let step = self.optimizer.step(self.steps + 1, factor, scale);

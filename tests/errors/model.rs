@@ -5,7 +5,7 @@ use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{CodeStats, Estimator, Rotation, RotationScale, Smoothing};
 use transformer_vq::generate::{Generator, Sampler, Scorer, log_probabilities};
 use transformer_vq::model::{
-    CodewordGradient, LearningConfig, ModelConfig, ModelState, Transformer, published,
+    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, ModelState, Revival, Transformer, published,
 };
 
 use super::refused;
@@ -102,6 +102,15 @@ fn impossible_learning_and_estimators_are_refused() {
         refused(ModelConfig { estimator, ..small() }.validate(), "Invalid", "scale");
     }
     refused(with(linear(0, by(1.0))), "Invalid", "d_basis");
+    let start = CodebookStart::KMeans { steps: 1 };
+    refused(ModelConfig { start, learning: linear(4, by(1.0)), ..small() }.validate(), "Invalid", "start");
+    let revived = |ratio, every| ModelConfig { revival: Some(Revival { ratio, every }), ..small() };
+    for bad in [f64::NAN, 1.0, -0.1] {
+        refused(revived(bad, 1).validate(), "Invalid", "revival.ratio");
+    }
+    refused(revived(0.1, 0).validate(), "Invalid", "revival.every");
+    let frozen = ModelConfig { learning: LearningConfig::Frozen, ..revived(0.1, 1) };
+    refused(frozen.validate(), "Invalid", "revival");
     let huge = LearningConfig::Linear {
         d_basis: u32::MAX as usize,
         learned_basis: true,
