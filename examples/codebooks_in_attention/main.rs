@@ -208,10 +208,10 @@ fn judge(model: &Transformer, text: &ByteText, held_out: Range<usize>) -> Result
     if !bits_per_byte.is_finite() {
         return Ok(Outcome::Diverged(format!("{bits_per_byte} bits per byte")));
     }
-    let (prepared, mut state) = (model.prepare()?, model.new_state(1)?);
+    let mut state = model.new_state(1)?;
     let mut stats: Vec<CodeStats<f32>> = vec![];
     for (tokens, _) in text.pieces(held_out.start..held_out.end.min(held_out.start + COUNTED), 2048)? {
-        let (_, reports) = prepared.push(tokens.view(), &mut state)?;
+        let (_, reports, _) = model.forward(tokens.view(), None, &mut state)?;
         if stats.is_empty() {
             stats = reports.into_iter().map(|report| report.stats).collect();
         } else {
