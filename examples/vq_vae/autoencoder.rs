@@ -74,6 +74,14 @@ impl Autoencoder {
         Ok((self.network.decode(rows(&quantized))?.0, stats))
     }
 
+    /// The squared distance of keys of patches [N, WIDTH] from their codewords, over their squared length.
+    pub fn relative_error(&self, x: ArrayView2<'_, f32>) -> Result<f64, Error> {
+        let (keys, _) = self.network.encode(x)?;
+        let (keys, codebook) = (one_head(keys.view()), &self.learner.codebook);
+        let codes = codebook.assign(keys)?;
+        Ok(commitment::relative_error(keys, codes.view(), codebook.codewords().view(), None)?[0])
+    }
+
     /// What each code paints in the middle of a picture of itself [S, WIDTH].
     pub fn paint_codes(&self) -> Result<Array2<f32>, Error> {
         let codewords = self.learner.codebook.codewords().index_axis_move(Axis(0), 0);

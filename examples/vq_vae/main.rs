@@ -207,6 +207,10 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(&args.out)?;
     let path = args.out.join("vq_vae.svg");
     std::fs::write(&path, svg)?;
+    println!(
+        "squared distance of keys from codewords, over squared length: {:.3}",
+        model.relative_error(judged.view())?
+    );
     println!("{:.0} s; picture: {}", begin.elapsed().as_secs_f64(), path.display());
     Ok(())
 }
