@@ -345,7 +345,7 @@ fn an_unused_code_stays_and_fades_under_laplace() {
 proptest! {
     #![proptest_config(support::config(40))]
 
-    /// Sizes of VQ.md's plan: the gradient of the codebook loss is its definition, key by key.
+    /// The sizes of the test plan: the gradient of the codebook loss is its definition, key by key.
     #[test]
     fn the_codebook_gradient_is_its_definition(
         t in prop::sample::select(vec![0usize, 1, 7, 1000]),

@@ -71,7 +71,6 @@ fn only_idle_codes_change_and_sums_and_counts_agree() {
     assert_eq!(codebook.revive(keys.view(), None, 0.1, 4), Ok(0));
 }
 
-/// Without a single key they last ln(0.1) / ln(0.9) = 21.9 updates, as their counts start at the mean.
 #[test]
 fn a_restarted_code_has_its_codeword_whatever_counts_are_divided_by() {
     let (_, codebook, _) = case();
@@ -86,6 +85,7 @@ fn a_restarted_code_has_its_codeword_whatever_counts_are_divided_by() {
     }
 }
 
+/// Without a single key they last ln(0.1) / ln(0.9) = 21.9 updates, as their counts start at the mean.
 #[test]
 fn revived_codes_have_time_to_find_keys() {
     let (_, mut codebook, far) = case();

@@ -54,13 +54,14 @@ pub fn normalize<T: Scalar, D: Dimension>(x: ArrayView<'_, T, D>) -> Result<Arra
 /// `x` and `d_y` of one shape; the gradient of `x` has the same.
 ///
 /// # Errors
-/// [`Error::Shape`]; [`Error::NotFinite`] for `x`.
+/// [`Error::Shape`]; [`Error::NotFinite`].
 pub fn backward<T: Scalar, D: Dimension>(
     x: ArrayView<'_, T, D>,
     d_y: ArrayView<'_, T, D>,
 ) -> Result<Array<T, D>, Error> {
     check_shape("d_y", x.shape(), d_y.shape())?;
     check_finite("x", x.view())?;
+    check_finite("d_y", d_y.view())?;
     let mut d_x = d_y.to_owned();
     for (mut d, x) in d_x.rows_mut().into_iter().zip(x.rows()) {
         let (scale, length) = length(x);

@@ -253,7 +253,8 @@ impl<T: Scalar> Saved<T> {
     /// `keys` and `mask` as they were in forward, `d_quantized` [B, H, T, K], the gradient [B, H, T, K].
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::NotFinite`] for keys; [`Error::Invalid`] for a weight that is not finite.
+    /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Invalid`] for a weight that is not finite, and as
+    /// [`Estimator::validate`].
     pub fn backward(
         self,
         keys: ArrayView4<'_, T>,
@@ -265,6 +266,8 @@ impl<T: Scalar> Saved<T> {
         let quantized = sum_of_levels(&self.codewords, self.codes.view())?;
         check_shape("keys", quantized.shape(), keys.shape())?;
         check_shape("d_quantized", quantized.shape(), d_quantized.shape())?;
+        estimator.validate()?;
+        check_finite("d_quantized", d_quantized)?;
         let mut d_keys = d_quantized.to_owned();
         // Each vector its own codeword: the estimator sees the sum as one look-up.
         let own = Array1::from_iter((0..).take(keys.len_of(Axis(2))));

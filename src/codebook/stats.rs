@@ -7,22 +7,37 @@
 //! ```
 //!
 //! Statistics add up: those of micro-batches, of threads or of machines are merged, then used in one update. Sums are
-//! taken in the order sequence by sequence, position by position, whatever the number of threads.
+//! taken in the order sequence by sequence, position by position. Many keys, compared with the codes, are cut into stretches
+//! whose sums are taken on their own and then added in order; the cuts depend on the numbers of keys and codes alone, so the
+//! number of threads changes no bit.
 //!
-//! Cost: N K per head, one pass over the keys. The sums of one task's columns stay in the second-level cache.
+//! Cost: N K per head, one pass over the keys. The sums of one task stay in the second-level cache.
+
+use std::iter;
+use std::ops::Range;
 
 use ndarray::{
-    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Zip, s,
+    Array1, Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Zip,
+    s,
 };
 use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::matmul::prefetch;
+use crate::ops::rows::all_finite;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
+/// Keys of a stretch, at least: so many per code that adding up the sums of stretches costs little, and no few.
+const KEYS_PER_CODE: usize = 32;
+const KEYS_PER_STRETCH: usize = 4096;
+
 /// Columns of the sums that one task takes at least: a few cache lines of each key.
 const COLUMNS_PER_TASK: usize = 32;
+
+/// How many keys before it is added a key is asked for.
+const AHEAD: usize = 8;
 
 /// Sums of keys and counts per head and code, of the positions that count.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -63,7 +78,7 @@ impl<T: Scalar> CodeStats<T> {
         checked_len("stats", &[n_heads, n_codes, d_k])?;
         let stats = Self::collect_checked(keys, codes, n_codes, mask);
         // A key that is not finite makes a sum that is not; those that do not count are in no sum.
-        if mask.is_some() || !stats.sums.fold(true, |finite, sum| finite & sum.is_finite()) {
+        if mask.is_some() || !stats.sums.outer_iter().all(all_finite) {
             check_finite("keys", keys)?;
         }
         Ok(stats)
@@ -76,32 +91,38 @@ impl<T: Scalar> CodeStats<T> {
         n_codes: usize,
         mask: Option<ArrayView2<'_, bool>>,
     ) -> Self {
-        let (n_sequences, n_heads, _, d_k) = keys.dim();
+        let (n_sequences, n_heads, len, d_k) = keys.dim();
         let mut stats = Self::zeros(n_heads, n_codes, d_k).expect("as large as the codebook");
-        let mask_of = |sequence| mask.as_ref().map(|mask| mask.row(sequence));
-        // Columns are independent of each other: cut by them, anywhere, every sum keeps the order of the keys. So the number of
-        // threads may say where, which spares a single one reading keys by halves.
-        let width = d_k.div_ceil(rayon::current_num_threads()).max(COLUMNS_PER_TASK);
-        stats.sums.axis_chunks_iter_mut(Axis(2), width).into_par_iter().enumerate().for_each(
-            |(task, mut sums)| {
-                let columns = task * width..d_k.min((task + 1) * width);
-                sums.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(head, mut sums)| {
-                    for sequence in 0..n_sequences {
-                        let keys = keys.slice(s![sequence, head, .., columns.clone()]);
-                        let codes = codes.slice(s![sequence, head, ..]);
-                        add_rows_by_code(keys, codes, mask_of(sequence), sums.view_mut());
+        let stretches = stretches(n_sequences * len, n_codes);
+        // Columns are independent of each other: cut by them, anywhere, every sum keeps the order of the keys. But a key is
+        // read best as a whole, so that they are cut only for threads that had nothing to do.
+        let tasks = (stretches.len() * n_heads).max(1);
+        let width = d_k.div_ceil(rayon::current_num_threads().div_ceil(tasks)).max(COLUMNS_PER_TASK);
+        // The sums of the first stretch need no place of their own.
+        let mut others = Array4::zeros((stretches.len() - 1, n_heads, n_codes, d_k)); // [stretches, H, S, K]
+        let tables: Vec<_> = iter::once(stats.sums.view_mut()).chain(others.outer_iter_mut()).collect();
+        tables.into_par_iter().zip(&stretches).for_each(|(mut sums, stretch)| {
+            sums.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(head, mut sums)| {
+                let panels = sums.axis_chunks_iter_mut(Axis(1), width).into_par_iter().enumerate();
+                panels.for_each(|(panel, mut sums)| {
+                    let columns = panel * width..d_k.min((panel + 1) * width);
+                    for (sequence, positions) in parts(stretch, len) {
+                        let keys = keys.slice(s![sequence, head, positions.clone(), columns.clone()]);
+                        let codes = codes.slice(s![sequence, head, positions.clone()]);
+                        let mask = mask.as_ref().map(|mask| mask.slice(s![sequence, positions]));
+                        add_rows_by_code(keys, codes, mask, sums.view_mut());
                     }
                 });
-            },
-        );
+            });
+        });
+        for other in others.outer_iter() {
+            stats.sums += &other;
+        }
         for ((sequence, head), codes) in
             ndarray::indices((n_sequences, n_heads)).into_iter().zip(codes.rows())
         {
-            count(
-                codes,
-                mask_of(sequence),
-                stats.counts.row_mut(head).as_slice_mut().expect("standard layout"),
-            );
+            let counts = stats.counts.row_mut(head).into_slice().expect("standard layout");
+            count(codes, mask.as_ref().map(|mask| mask.row(sequence)), counts);
         }
         stats
     }
@@ -158,6 +179,20 @@ impl<T: Scalar> CodeStats<T> {
     }
 }
 
+/// Cuts so many keys, all sequences of a batch in turn, into stretches of about the same length.
+fn stretches(n_keys: usize, n_codes: usize) -> Vec<Range<usize>> {
+    let n = (n_keys / KEYS_PER_STRETCH.max(n_codes.saturating_mul(KEYS_PER_CODE))).max(1);
+    let len = n_keys.div_ceil(n);
+    (0..n).map(|i| n_keys.min(i * len)..n_keys.min((i + 1) * len)).collect()
+}
+
+/// A stretch of sequences of this length, sequence by sequence.
+fn parts(stretch: &Range<usize>, len: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let Range { start, end } = *stretch;
+    let sequences = if start < end { start / len..end.div_ceil(len) } else { 0..0 };
+    sequences.map(move |i| (i, start.max(i * len) - i * len..end.min((i + 1) * len) - i * len))
+}
+
 /// The sums of (1): adds each row to the row of `sums` that its code names, in the order of the rows.
 ///
 /// # Shapes
@@ -179,7 +214,13 @@ fn add_rows<T: Scalar>(
     mask: Option<ArrayView1<'_, bool>>,
     mut sums: ArrayViewMut2<'_, T>,
 ) {
+    let starts = rows.slice(s![.., ..rows.ncols().min(1)]);
+    let mut ahead = starts.outer_iter().skip(AHEAD);
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
+        // Asked for one line, the processor foresees the rest of a row; asked for all of them, it is slower.
+        if let Some(start) = ahead.next() {
+            prefetch(start.insert_axis(Axis(0)));
+        }
         if mask.is_some_and(|mask| !mask[j]) {
             continue;
         }
@@ -196,6 +237,27 @@ fn count(codes: ArrayView1<'_, u32>, mask: Option<ArrayView1<'_, bool>>, counts:
     for (j, &code) in codes.iter().enumerate() {
         if mask.is_none_or(|mask| mask[j]) {
             counts[code as usize] += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_and_their_parts_hold_every_key_once_and_in_order() {
+        for (n_sequences, len, n_codes) in
+            [(0, 5, 3), (3, 0, 3), (1, 1, 1), (3, 4097, 2), (40_000, 1, 7), (1, 70_001, 512), (5, 9000, 100)]
+        {
+            let stretches = stretches(n_sequences * len, n_codes);
+            let all = stretches.iter().flat_map(|stretch| parts(stretch, len));
+            let keys = all.flat_map(|(sequence, positions)| positions.map(move |t| (sequence, t)));
+            assert!(keys.eq((0..n_sequences).flat_map(|b| (0..len).map(move |t| (b, t)))));
+            let least = KEYS_PER_STRETCH.max(KEYS_PER_CODE * n_codes);
+            // Rounding up leaves the last one some keys fewer.
+            assert!(stretches.len() == 1 || stretches[0].len() >= least, "{stretches:?}");
+            assert!(stretches[0].len() < 2 * least, "{stretches:?}");
         }
     }
 }

@@ -3,7 +3,8 @@
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayView4};
 use transformer_vq::codebook::revive::replacements;
 use transformer_vq::codebook::{
-    Codebook, Ema, Estimator, Replacement, Residual, cosine, groups, nearest_pair, orthogonal, start,
+    Codebook, Ema, Estimator, Replacement, Residual, Rotation, RotationScale, cosine, groups, nearest_pair,
+    orthogonal, start,
 };
 
 use super::{BAD, refused};
@@ -125,6 +126,7 @@ fn distances_and_regularisers_check_their_vectors() {
         let spoilt = &x * bad;
         refused(cosine::normalize(spoilt.view()), "NotFinite", "x");
         refused(cosine::backward(spoilt.view(), x.view()), "NotFinite", "x");
+        refused(cosine::backward(x.view(), spoilt.view()), "NotFinite", "d_y");
         refused(orthogonal::loss(spoilt.view()), "NotFinite", "codewords");
         refused(orthogonal::loss_and_gradient(spoilt.view(), 1.0), "NotFinite", "codewords");
         refused(orthogonal::loss_and_gradient(x.view(), bad), "Invalid", "weight");
@@ -179,6 +181,11 @@ fn levels_and_groups_check_what_belongs_together() {
     for bad in BAD {
         backward(&keys, None, &keys, bad, "Invalid", "weight");
         backward(&Array4::from_elem(keys.dim(), bad), None, &keys, 1.0, "NotFinite", "keys");
+        backward(&keys, None, &Array4::from_elem(keys.dim(), bad), 1.0, "NotFinite", "d_quantized");
+        let scale = RotationScale::AtMost(bad);
+        let estimator = Estimator::Rotation(Rotation { scale, ..Rotation::default() });
+        let (_, saved) = residual.forward(keys.view(), None).unwrap();
+        refused(saved.backward(keys.view(), None, keys.view(), estimator, 1.0), "Invalid", "scale");
     }
 
     let x = Array3::<f64>::zeros((2, 4, 6));
