@@ -17,12 +17,13 @@ use crate::ops::simd::level;
 mod packed;
 mod prefetch;
 mod tile;
+mod triangle;
 mod vector;
 mod weights;
 
 pub(crate) use packed::PackedRows;
 pub(crate) use prefetch::prefetch;
-pub(crate) use tile::Triangle;
+pub(crate) use triangle::Triangle;
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;
 

@@ -10,7 +10,8 @@
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
-use super::tile::{DEPTH, Operands, Rows, Triangle, VECTORS, all_rows};
+use super::tile::{DEPTH, Operands, Rows, VECTORS, all_rows};
+use super::triangle::Triangle;
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
 

@@ -24,6 +24,7 @@ use std::ops::Range;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
+use super::triangle::Triangle;
 use crate::Scalar;
 
 /// Vectors of a tile's row.
@@ -50,29 +51,6 @@ impl<T> Clone for Operands<T> {
     }
 }
 impl<T> Copy for Operands<T> {}
-
-/// Where A has elements other than 0. Rows of tiles skip what is left or right of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Triangle {
-    /// Anywhere.
-    Full,
-    /// A[i][p] = 0 for p > i.
-    Lower,
-    /// A[i][p] = 0 for p < i.
-    Upper,
-}
-
-impl Triangle {
-    /// Of `depth` elements from `p` on, those that rows `row` to `end` need.
-    #[inline(always)]
-    fn needed(self, (row, end): (usize, usize), p: usize, depth: usize) -> Range<usize> {
-        match self {
-            Triangle::Full => 0..depth,
-            Triangle::Lower => 0..end.saturating_sub(p).min(depth),
-            Triangle::Upper => row.saturating_sub(p).min(depth)..depth,
-        }
-    }
-}
 
 /// C <- A B, or C + A B; false, and nothing done, where rows of B or C are not contiguous or too short for a vector.
 ///
