@@ -22,12 +22,11 @@
 //! Cost: 12 N K, one pass over keys and gradients. Source: Fifty et al., "Restructuring Vector Quantization with the
 //! Rotation Trick" (arXiv 2410.06424).
 
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
 use super::estimator::contiguous_rows;
 use crate::Scalar;
 use crate::error::Error;
-use crate::ops::matmul::prefetch;
 use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 
@@ -164,14 +163,8 @@ fn rotate_rows<T: Scalar>(
     mut d: ArrayViewMut2<'_, T>,
 ) -> bool {
     let (d_k, mut finite) = (keys.ncols(), true);
-    for first in (0..codes.len()).step_by(ROWS) {
-        let range = |first: usize| first..codes.len().min(first + ROWS);
-        // Asked for one line, the processor foresees the rest of a row.
-        let next = range(codes.len().min(first + ROWS));
-        prefetch(keys.slice(s![next.clone(), ..d_k.min(1)]));
-        prefetch(d.slice(s![next, ..d_k.min(1)]));
-        let (keys, codes) = (keys.slice(s![range(first), ..]), codes.slice(s![range(first)]));
-        let mut d = d.slice_mut(s![range(first), ..]);
+    let chunks = keys.axis_chunks_iter(Axis(0), ROWS).zip(codes.axis_chunks_iter(Axis(0), ROWS));
+    for ((keys, codes), mut d) in chunks.zip(d.axis_chunks_iter_mut(Axis(0), ROWS)) {
         let mut sums = Sums::new();
         on_best_simd!(sums.of_keys(keys, d.view()));
         on_best_simd!(sums.of_codewords(keys, codes, codewords, squares, d.view()));
