@@ -19,10 +19,11 @@ use super::blockwise::Piece;
 use super::kernels::{add_terms, exponentiate, scatter, score_gradients, softmax};
 use super::skew;
 use crate::Scalar;
-use crate::ops::matmul::{Triangle, product};
+use crate::ops::matmul::product;
 use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
+use crate::ops::triangle::Triangle;
 
 /// The matrix [rows, 64] of these rows.
 pub(super) fn view<T>(rows: &[Row<T>]) -> ArrayView2<'_, T> {

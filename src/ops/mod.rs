@@ -20,6 +20,7 @@ pub(crate) mod rows;
 pub mod silu;
 pub(crate) mod simd;
 pub(crate) mod transpose;
+pub(crate) mod triangle;
 
 #[cfg(test)]
 mod tests {

@@ -11,8 +11,9 @@ use crate::attention::block::Block;
 use crate::attention::kernels::scale;
 use crate::attention::tile::{Scores, view};
 use crate::attention::{AttentionState, CompressiveCache, Inputs, VqAttention};
-use crate::ops::matmul::{PackedRows, Triangle, add_product, prefetch};
+use crate::ops::matmul::{PackedRows, add_product, prefetch};
 use crate::ops::simd::{LANES, Row, on_best_simd};
+use crate::ops::triangle::Triangle;
 
 /// Where outputs go: an output and two numbers per query. What the buffers hold does not matter.
 #[derive(Debug)]

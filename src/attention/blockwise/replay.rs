@@ -9,8 +9,9 @@ use crate::Scalar;
 use crate::attention::CompressiveCache;
 use crate::attention::block::Block;
 use crate::attention::kernels::add_to;
-use crate::ops::matmul::{Triangle, triangle_product};
+use crate::ops::matmul::triangle_product;
 use crate::ops::simd::on_best_simd;
+use crate::ops::triangle::Triangle;
 
 /// The cache of a segment's blocks, the last first: all its keys enter, and what each replaced is kept until it leaves again.
 ///

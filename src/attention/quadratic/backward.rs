@@ -9,9 +9,10 @@ use rayon::prelude::*;
 
 use crate::Scalar;
 use crate::attention::tile::{view, view_mut};
-use crate::ops::matmul::{PackedRows, Triangle, add_product, product};
+use crate::ops::matmul::{PackedRows, add_product, product};
 use crate::ops::simd::{LANES, Row, Rows, fused, on_best_simd};
 use crate::ops::transpose::transpose;
+use crate::ops::triangle::Triangle;
 
 /// Keys that share packed rows of `d_out`, and queries that they meet at a time. Measured (f32, T = 2048): 128, 256 and 512
 /// queries differ by less than 1 % with K = V = 64; with V = 1536, where a tile fills a cache, 128 are 1 to 2 % ahead.

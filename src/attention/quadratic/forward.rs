@@ -10,9 +10,10 @@ use rayon::prelude::*;
 use crate::Scalar;
 use crate::attention::kernels::{exponentiate, raise};
 use crate::attention::tile::{view, view_mut};
-use crate::ops::matmul::{PackedRows, Triangle, product};
+use crate::ops::matmul::{PackedRows, product};
 use crate::ops::simd::{LANES, Row, Rows, fused, on_best_simd};
 use crate::ops::transpose::transpose;
+use crate::ops::triangle::Triangle;
 
 /// Queries that share packed values, and keys that they meet at a time. Measured (f32, K = V = 64, T = 4096): 256 and 512
 /// queries with 256, 512 and 1024 keys differ by less than 2 %.

@@ -13,17 +13,16 @@ use rayon::prelude::*;
 
 use crate::Scalar;
 use crate::ops::simd::level;
+use crate::ops::triangle::Triangle;
 
 mod packed;
 mod prefetch;
 mod tile;
-mod triangle;
 mod vector;
 mod weights;
 
 pub(crate) use packed::PackedRows;
 pub(crate) use prefetch::prefetch;
-pub(crate) use triangle::Triangle;
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;
 

@@ -11,9 +11,9 @@ use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
 use super::tile::{DEPTH, Operands, Rows, VECTORS, all_rows};
-use super::triangle::Triangle;
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
+use crate::ops::triangle::Triangle;
 
 /// A matrix [rows, columns] in panels.
 #[derive(Debug)]

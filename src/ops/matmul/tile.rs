@@ -24,8 +24,8 @@ use std::ops::Range;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::triangle::Triangle;
 use crate::Scalar;
+use crate::ops::triangle::Triangle;
 
 /// Vectors of a tile's row.
 pub(super) const VECTORS: usize = 2;

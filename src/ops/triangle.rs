@@ -16,7 +16,7 @@ pub(crate) enum Triangle {
 impl Triangle {
     /// Of `depth` elements from `p` on, those that rows `row` to `end` need.
     #[inline(always)]
-    pub(super) fn needed(self, (row, end): (usize, usize), p: usize, depth: usize) -> Range<usize> {
+    pub(crate) fn needed(self, (row, end): (usize, usize), p: usize, depth: usize) -> Range<usize> {
         match self {
             Triangle::Full => 0..depth,
             Triangle::Lower => 0..end.saturating_sub(p).min(depth),
