@@ -83,28 +83,27 @@ impl<T: Scalar> CompressiveCache<T> {
 
     /// Adds one token (formulas 1 and 2).
     pub(crate) fn push(&mut self, code: u32, value: ArrayView1<'_, T>) {
-        self.push_rows(&[code], value.insert_axis(Axis(0)));
+        let share = self.count_one(code);
+        let state = (self.mean.view_mut(), self.residual.view_mut());
+        on_best_simd!(move_means(state, (&[code], &[share]), value.insert_axis(Axis(0)), None));
     }
 
-    /// Adds tokens in their order, values [T, V].
-    pub(crate) fn push_rows(&mut self, codes: &[u32], values: ArrayView2<'_, T>) {
-        self.push_rows_keeping(codes, values, None);
+    /// (1); returns 1 / N.
+    fn count_one(&mut self, code: u32) -> T {
+        let count = &mut self.count[code as usize];
+        *count += 1;
+        T::one() / T::from_f64(*count as f64)
     }
 
-    /// [`push_rows`](Self::push_rows), appending to `replaced` the mean that each token replaces.
-    pub(crate) fn push_rows_keeping(
+    /// Adds tokens in their order, values [T, V]; the mean that each replaces is appended to `replaced`.
+    pub(crate) fn push_rows(
         &mut self,
         codes: &[u32],
         values: ArrayView2<'_, T>,
         replaced: Option<&mut Vec<T>>,
     ) {
         debug_assert_eq!(values.dim(), (codes.len(), self.mean.ncols()));
-        let mut share = |&code: &u32| {
-            let count = &mut self.count[code as usize];
-            *count += 1; // (1)
-            T::one() / T::from_f64(*count as f64)
-        };
-        let shares: Vec<T> = codes.iter().map(&mut share).collect();
+        let shares: Vec<T> = codes.iter().map(|&code| self.count_one(code)).collect();
         if replaced.is_some() || values.len() < SHARED {
             let state = (self.mean.view_mut(), self.residual.view_mut());
             on_best_simd!(move_means(state, (codes, &shares), values, replaced));
@@ -159,7 +158,7 @@ impl<T: Scalar> CompressiveCache<T> {
         self.count.iter().map(|&n| T::from_f64((n as f64).ln())).collect()
     }
 
-    /// Brings [`log_counts`](Self::log_counts) up to date after tokens of these codes were added.
+    /// Brings [`log_counts`](Self::log_counts) up to date after tokens of these codes were added or taken out.
     pub(crate) fn update_log_counts(&self, codes: impl Iterator<Item = u32>, log_counts: &mut [T]) {
         for code in codes {
             log_counts[code as usize] = T::from_f64((self.count[code as usize] as f64).ln());
@@ -264,7 +263,7 @@ mod tests {
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut cache = CompressiveCache::new(7, V);
-            pool.install(|| cache.push_rows(&codes, values.view()));
+            pool.install(|| cache.push_rows(&codes, values.view(), None));
             assert_eq!(cache, one_by_one);
         }
     }
@@ -278,7 +277,7 @@ mod tests {
         for (j, &code) in codes.iter().enumerate() {
             let mut cache = befores[j].clone();
             let value = values.row(j).insert_axis(Axis(0));
-            cache.push_rows_keeping(&[code], value, Some(&mut replaced));
+            cache.push_rows(&[code], value, Some(&mut replaced));
             befores.push(cache);
         }
         let mut cache = befores.pop().unwrap();

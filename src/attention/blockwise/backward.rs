@@ -33,8 +33,8 @@ impl<'a, T> RowGradients<'a, T> {
     }
 }
 
-/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums (threads do not); returns the gradients of
-/// the codewords and of the biases, and whether q, v and `d_out` are finite.
+/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums (threads do not); returns
+/// the gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
@@ -263,13 +263,14 @@ fn prefetch_next<T: Scalar>(piece: &Piece<'_, T>, tile: &Tile, d_out: ArrayView2
 }
 
 /// d_p <- v d_o^T, of the keys' values and the queries' gradients. The last keys are the queries' own, which earlier queries do
-/// not see: what is left of some of these pairs is whatever was there.
+/// not see: of these pairs a square is 0 instead.
 fn values_product<T: Scalar>(v: ArrayView2<'_, T>, d_out_t: &[Row<T>], d_p: &mut [Row<T>], queries: usize) {
     const HALF: usize = LANES / 2;
     let late = if queries == LANES { v.nrows() - HALF } else { v.nrows() };
     let (v, v_late) = v.split_at(Axis(0), late);
     let (d_p, d_p_late) = d_p.split_at_mut(late);
     product(v, view(d_out_t), view_mut(d_p));
+    d_p_late.iter_mut().for_each(|row| row[..HALF].fill(T::zero()));
     product(v_late, view(d_out_t).slice_move(s![.., HALF..]), view_mut(d_p_late).slice_move(s![.., HALF..]));
 }
 

@@ -213,12 +213,12 @@ impl<'a, T: Scalar> Piece<'a, T> {
         if !carried.is_empty() {
             let codes = self.window.codes.slice(s![carried.clone()]);
             let (codes, values) = (codes.to_vec(), self.window.v.slice(s![carried, ..]));
-            cache.push_rows_keeping(&codes, values, replaced.as_deref_mut());
+            cache.push_rows(&codes, values, replaced.as_deref_mut());
         }
         let own = (*entered).max(held) - held..end.max(held) - held;
         if !own.is_empty() {
             let values = self.inputs.v.slice(s![own.clone(), ..]);
-            cache.push_rows_keeping(&self.codes[own], values, replaced);
+            cache.push_rows(&self.codes[own], values, replaced);
         }
         *entered = end.max(*entered);
     }
