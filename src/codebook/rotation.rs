@@ -22,11 +22,12 @@
 //! Cost: 12 N K, one pass over keys and gradients. Source: Fifty et al., "Restructuring Vector Quantization with the
 //! Rotation Trick" (arXiv 2410.06424).
 
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
+use fearless_simd::{Simd, SimdBase, SimdFloat};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 
-use super::estimator::contiguous_rows;
 use crate::Scalar;
 use crate::error::Error;
+use crate::ops::matmul::prefetch_beyond;
 use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 
@@ -104,11 +105,29 @@ pub(super) fn backward<T: Scalar>(
     codes: ArrayView1<'_, u32>,
     codewords: ArrayView2<'_, T>,
     squares: &[T],
-    d: ArrayViewMut2<'_, T>,
+    mut d: ArrayViewMut2<'_, T>,
 ) -> bool {
-    contiguous_rows(keys, codewords, d, |keys, codewords, d| {
-        rotate_rows(Constants::new(rotation), keys, codes, codewords, squares, d)
-    })
+    let (constants, codewords) = (Constants::new(rotation), codewords.as_standard_layout());
+    let codewords = (codewords.as_slice().expect("standard layout"), squares);
+    let (n, width) = keys.dim();
+    if width == 0 {
+        return true;
+    }
+    if let (Some(keys), Some(codes), Some(d)) = (keys.as_slice(), codes.as_slice(), d.as_slice_mut()) {
+        return on_best_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d));
+    }
+    let mut finite = true;
+    for start in (0..n).step_by(COPIED_ROWS) {
+        let of = s![start..n.min(start + COPIED_ROWS), ..];
+        let (keys, mut d) = (keys.slice(of), d.slice_mut(of));
+        let (keys, mut copy) = (keys.as_standard_layout(), d.as_standard_layout().into_owned());
+        let codes: Vec<u32> = codes.iter().skip(start).take(COPIED_ROWS).copied().collect();
+        let (keys, in_order) = (keys.as_slice().expect("standard layout"), copy.as_slice_mut());
+        let in_order = in_order.expect("standard layout");
+        finite &= on_best_simd!(simd => rotate(simd, constants, width, (keys, &codes), codewords, in_order));
+        d.assign(&copy);
+    }
+    finite
 }
 
 /// |c|^2 `[S]` of codewords [S, K].
@@ -146,46 +165,49 @@ impl<T: Scalar> Constants<T> {
     }
 }
 
-/// Rows that are treated together, step by step. The first step does little else than read from memory, many cache lines at
-/// once; the later ones find the rows in the cache. Each is compiled by itself: one loop over all of it leaves the compiler
-/// without registers, and its sums in memory.
-const ROWS: usize = 32;
+/// Rows that are treated together: few, so that what one step leaves is in the first-level cache for the next.
+const ROWS: usize = 8;
+
+/// Rows that are copied at once where they do not lie one after the other; a multiple of [`ROWS`].
+const COPIED_ROWS: usize = 64;
 
 /// One number per row.
 type PerRow<T> = [T; ROWS];
 
-fn rotate_rows<T: Scalar>(
+/// [`backward`] where all rows lie one after the other; `codewords` and their squares.
+///
+/// Step by step for [`ROWS`] rows: five sums each, which bring the rows from memory; three factors each, side by side; then
+/// one pass that finds the rows in the cache. While it lasts, the next rows are on their way.
+#[inline(always)]
+fn rotate<S: Simd, T: Scalar>(
+    simd: S,
     constants: Constants<T>,
-    keys: ArrayView2<'_, T>,
-    codes: ArrayView1<'_, u32>,
-    codewords: ArrayView2<'_, T>,
-    squares: &[T],
-    mut d: ArrayViewMut2<'_, T>,
+    width: usize,
+    (keys, codes): (&[T], &[u32]),
+    (codewords, squares): (&[T], &[T]),
+    d: &mut [T],
 ) -> bool {
-    let (d_k, mut finite) = (keys.ncols(), true);
-    let chunks = keys.axis_chunks_iter(Axis(0), ROWS).zip(codes.axis_chunks_iter(Axis(0), ROWS));
-    for ((keys, codes), mut d) in chunks.zip(d.axis_chunks_iter_mut(Axis(0), ROWS)) {
-        let mut sums = Sums::new();
-        on_best_simd!(sums.of_keys(keys, d.view()));
-        on_best_simd!(sums.of_codewords(keys, codes, codewords, squares, d.view()));
-        let mut s = on_best_simd!(sums.square_of_sum());
-        for (i, &code) in codes.iter().enumerate() {
+    let mut finite = true;
+    let groups = keys.chunks(ROWS * width).zip(codes.chunks(ROWS)).zip(d.chunks_mut(ROWS * width));
+    for ((keys, codes), d) in groups {
+        let sums = Sums::new(simd, width, keys, codes, (codewords, squares), d);
+        let mut s = sums.square_of_sum();
+        for (i, s) in s.iter_mut().enumerate() {
             finite &= (sums.kk[i] + sums.kg[i]).is_finite();
             // Where little is left of 1 + u . c~, its digits are gone.
-            if s[i] < T::one() {
+            if *s < T::one() && i < codes.len() {
                 let (x, y) = (sums.kk[i].sqrt().recip(), sums.cc[i].sqrt().recip());
-                s[i] = square_of_sum(row(keys, i), x, row(codewords, code as usize), y);
+                *s = square_of_sum(row(keys, i, width), x, row(codewords, codes[i] as usize, width), y);
             }
         }
-        let factors = on_best_simd!(sums.factors(constants, d_k, s));
-        on_best_simd!(factors.apply(keys, codes, codewords, d.view_mut()));
+        sums.factors(constants, width, s).apply(simd, width, keys, codes, codewords, d);
     }
     finite
 }
 
 #[inline(always)]
-fn row<'a, T: Scalar>(rows: ArrayView2<'a, T>, i: usize) -> &'a [T] {
-    rows.index_axis_move(Axis(0), i).to_slice().expect("contiguous rows")
+fn row<T>(rows: &[T], i: usize, width: usize) -> &[T] {
+    &rows[i * width..][..width]
 }
 
 /// Sums over the elements of a key, a codeword and a gradient.
@@ -198,7 +220,7 @@ struct Sums<T> {
     cg: PerRow<T>,
 }
 
-/// What rotates a row: `lambda (g + key k + codeword c)`.
+/// What rotates a row: `lambda g + key k + codeword c`.
 #[derive(Debug, Clone, Copy)]
 struct Factors<T> {
     lambda: PerRow<T>,
@@ -207,33 +229,60 @@ struct Factors<T> {
 }
 
 impl<T: Scalar> Sums<T> {
-    /// Those of keys and codewords of length 1.
-    fn new() -> Self {
-        let (zeros, ones) = ([T::zero(); ROWS], [T::one(); ROWS]);
-        Sums { kk: ones, cc: ones, kc: zeros, kg: zeros, cg: zeros }
-    }
-
+    /// The sums of at most [`ROWS`] rows.
     #[inline(always)]
-    fn of_keys(&mut self, keys: ArrayView2<'_, T>, d: ArrayView2<'_, T>) {
-        for i in 0..keys.nrows() {
-            let key = row(keys, i);
-            (self.kk[i], self.kg[i]) = dots(key, key, row(d, i));
+    fn new<S: Simd>(
+        simd: S,
+        width: usize,
+        keys: &[T],
+        codes: &[u32],
+        (codewords, squares): (&[T], &[T]),
+        d: &[T],
+    ) -> Self {
+        let lanes = T::Vector::<S>::LEN;
+        let whole = width / lanes * lanes;
+        let zero = T::Vector::<S>::splat(simd, T::zero());
+        let mut partial = [zero; 4 * ROWS];
+        let mut cc = [T::zero(); ROWS];
+        let rows = keys.chunks_exact(width).zip(d.chunks_exact(width)).zip(codes);
+        for (i, ((key, g), &code)) in rows.enumerate() {
+            prefetch_beyond(key, ROWS);
+            prefetch_beyond(g, ROWS);
+            cc[i] = squares[code as usize];
+            let codeword = row(codewords, code as usize, width);
+            let (mut kk, mut kc, mut kg, mut cg) = (zero, zero, zero, zero);
+            let chunks = key.chunks_exact(lanes).zip(codeword.chunks_exact(lanes));
+            for ((k, c), g) in chunks.zip(g.chunks_exact(lanes)) {
+                let k = T::Vector::<S>::from_slice(simd, k);
+                let c = T::Vector::<S>::from_slice(simd, c);
+                let g = T::Vector::<S>::from_slice(simd, g);
+                kk = k.mul_add(k, kk);
+                kc = k.mul_add(c, kc);
+                kg = k.mul_add(g, kg);
+                cg = c.mul_add(g, cg);
+            }
+            (partial[i], partial[ROWS + i]) = (kk, kc);
+            (partial[2 * ROWS + i], partial[3 * ROWS + i]) = (kg, cg);
         }
-    }
-
-    #[inline(always)]
-    fn of_codewords(
-        &mut self,
-        keys: ArrayView2<'_, T>,
-        codes: ArrayView1<'_, u32>,
-        codewords: ArrayView2<'_, T>,
-        squares: &[T],
-        d: ArrayView2<'_, T>,
-    ) {
-        for (i, &code) in codes.iter().enumerate() {
-            self.cc[i] = squares[code as usize];
-            (self.kc[i], self.cg[i]) = dots(row(codewords, code as usize), row(keys, i), row(d, i));
+        let mut sums = [T::zero(); 4 * ROWS];
+        for (sums, partial) in sums.chunks_exact_mut(lanes).zip(partial.chunks_exact_mut(lanes)) {
+            sums_of_lanes::<S, T>(partial);
+            partial[0].store_slice(sums);
         }
+        if whole < width {
+            let rows = keys.chunks_exact(width).zip(d.chunks_exact(width)).zip(codes);
+            for (i, ((key, g), &code)) in rows.enumerate() {
+                let codeword = row(codewords, code as usize, width);
+                for ((&k, &c), &g) in key[whole..].iter().zip(&codeword[whole..]).zip(&g[whole..]) {
+                    sums[i] += k * k;
+                    sums[ROWS + i] += k * c;
+                    sums[2 * ROWS + i] += k * g;
+                    sums[3 * ROWS + i] += c * g;
+                }
+            }
+        }
+        let [kk, kc, kg, cg] = [0, 1, 2, 3].map(|j| sums.as_chunks::<ROWS>().0[j]);
+        Sums { kk, cc, kc, kg, cg }
     }
 
     /// s = 2 (1 + u . c~).
@@ -270,8 +319,8 @@ impl<T: Scalar> Sums<T> {
                 & (constants.least <= cc)
                 & (kk + cc + self.kg[i] + self.cg[i]).is_finite();
             factors.lambda[i] = if in_range { lambda } else { T::one() };
-            factors.key[i] = if in_range { of_key * to_unit } else { T::zero() };
-            factors.codeword[i] = if in_range { of_codeword * to_direction } else { T::zero() };
+            factors.key[i] = if in_range { lambda * of_key * to_unit } else { T::zero() };
+            factors.codeword[i] = if in_range { lambda * of_codeword * to_direction } else { T::zero() };
         }
         factors
     }
@@ -279,42 +328,42 @@ impl<T: Scalar> Sums<T> {
 
 impl<T: Scalar> Factors<T> {
     #[inline(always)]
-    fn apply(
-        &self,
-        keys: ArrayView2<'_, T>,
-        codes: ArrayView1<'_, u32>,
-        codewords: ArrayView2<'_, T>,
-        mut d: ArrayViewMut2<'_, T>,
-    ) {
-        for (i, (&code, mut d)) in codes.iter().zip(d.outer_iter_mut()).enumerate() {
+    fn apply<S: Simd>(&self, simd: S, width: usize, keys: &[T], codes: &[u32], codewords: &[T], d: &mut [T]) {
+        let lanes = T::Vector::<S>::LEN;
+        let whole = width / lanes * lanes;
+        let rows = keys.chunks_exact(width).zip(d.chunks_exact_mut(width)).zip(codes);
+        for (i, ((key, d), &code)) in rows.enumerate() {
+            let codeword = row(codewords, code as usize, width);
             let (lambda, of_key, of_codeword) = (self.lambda[i], self.key[i], self.codeword[i]);
-            let (key, codeword) = (row(keys, i), row(codewords, code as usize));
-            for ((d, &k), &c) in d.as_slice_mut().expect("contiguous rows").iter_mut().zip(key).zip(codeword)
-            {
-                *d = lambda * (*d + of_key * k + of_codeword * c);
+            let chunks = d.chunks_exact_mut(lanes).zip(key.chunks_exact(lanes));
+            for ((d, k), c) in chunks.zip(codeword.chunks_exact(lanes)) {
+                let k = T::Vector::<S>::from_slice(simd, k);
+                let c = T::Vector::<S>::from_slice(simd, c);
+                let g = T::Vector::<S>::from_slice(simd, d);
+                let turned = T::Vector::<S>::splat(simd, of_key).mul_add(k, g * lambda);
+                T::Vector::<S>::splat(simd, of_codeword).mul_add(c, turned).store_slice(d);
+            }
+            let rest = d[whole..].iter_mut().zip(&key[whole..]);
+            for ((d, &k), &c) in rest.zip(&codeword[whole..]) {
+                *d = lambda * *d + of_key * k + of_codeword * c;
             }
         }
     }
 }
 
-/// x . y and x . z.
+/// The first of as many vectors as a register has lanes <- the sums of all lanes of each.
+///
+/// Two vectors, interleaved, add up to one that holds both in half as many lanes.
 #[inline(always)]
-fn dots<T: Scalar>(x: &[T], y: &[T], z: &[T]) -> (T, T) {
-    let (x, x_rest) = x.as_chunks::<SUMS>();
-    let (y, y_rest) = y.as_chunks::<SUMS>();
-    let (z, z_rest) = z.as_chunks::<SUMS>();
-    let (mut xy, mut xz) = ([T::zero(); SUMS], [T::zero(); SUMS]);
-    for ((x, y), z) in x.iter().zip(y).zip(z) {
-        for lane in 0..SUMS {
-            xy[lane] += x[lane] * y[lane];
-            xz[lane] += x[lane] * z[lane];
+fn sums_of_lanes<S: Simd, T: Scalar>(vectors: &mut [T::Vector<S>]) {
+    let mut half = vectors.len() / 2;
+    while half > 0 {
+        for i in 0..half {
+            let (low, high) = vectors[i].interleave(vectors[i + half]);
+            vectors[i] = low + high;
         }
+        half /= 2;
     }
-    for (lane, ((&x, &y), &z)) in x_rest.iter().zip(y_rest).zip(z_rest).enumerate() {
-        xy[lane] += x * y;
-        xz[lane] += x * z;
-    }
-    (sum_of_lanes(xy), sum_of_lanes(xz))
 }
 
 /// The sum of `(x k_i + y c_i)^2`: s of (4).

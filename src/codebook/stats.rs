@@ -24,7 +24,6 @@ use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::error::{check_finite, check_shape, checked_len};
-use crate::ops::matmul::prefetch;
 use crate::ops::rows::all_finite;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
@@ -35,9 +34,6 @@ const KEYS_PER_STRETCH: usize = 4096;
 
 /// Columns of the sums that one task takes at least: a few cache lines of each key.
 const COLUMNS_PER_TASK: usize = 32;
-
-/// How many keys before it is added a key is asked for.
-const AHEAD: usize = 8;
 
 /// Sums of keys and counts per head and code, of the positions that count.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -214,13 +210,7 @@ fn add_rows<T: Scalar>(
     mask: Option<ArrayView1<'_, bool>>,
     mut sums: ArrayViewMut2<'_, T>,
 ) {
-    let starts = rows.slice(s![.., ..rows.ncols().min(1)]);
-    let mut ahead = starts.outer_iter().skip(AHEAD);
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
-        // Asked for one line, the processor foresees the rest of a row; asked for all of them, it is slower.
-        if let Some(start) = ahead.next() {
-            prefetch(start.insert_axis(Axis(0)));
-        }
         if mask.is_some_and(|mask| !mask[j]) {
             continue;
         }

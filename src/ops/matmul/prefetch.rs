@@ -26,6 +26,15 @@ pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
     }
 }
 
+/// Asks for what lies `rows` rows of this length after a row, be it there or not.
+#[inline(always)]
+pub(crate) fn prefetch_beyond<T: Scalar>(row: &[T], rows: usize) {
+    let beyond = row.as_ptr().wrapping_add(rows * row.len()).cast::<u8>();
+    for line in (0..size_of_val(row)).step_by(LINE) {
+        ask(beyond.wrapping_add(line));
+    }
+}
+
 /// Asks for a cache line; the address need not be valid.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
