@@ -1,12 +1,9 @@
 //! What may change and what may not when codes, heads or masked keys do. (A5, B1, B4, C6, D2 and E5 of the test plan.)
 
-#[allow(dead_code)] // each test takes its part
-mod support;
-
+use crate::support::normal;
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView1, ArrayView3, ArrayView4, Axis, array, s};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use support::normal;
 use transformer_vq::check::relative_rms;
 use transformer_vq::codebook::{
     CodeStats, Codebook, Ema, Estimator, Rotation, RotationScale, RotationVariant, Smoothing, codebook_loss,

@@ -1,14 +1,10 @@
 //! Codebooks that learn: gradients of codewords, basis, matrix and bias; moving averages; what each kind moves.
 
-#[allow(dead_code)] // each test takes its part
-mod support;
-
-use ndarray::{Array1, Array2, Array3, Array4, ArrayD, ArrayView3, Axis, array, s};
+use crate::support::normal;
+use ndarray::{Array2, Array3, Array4, ArrayD, ArrayView3, Axis, array, s};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::normal;
-use transformer_vq::Error;
 use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{
     Basis, CodeStats, Codebook, CodebookParameters, Ema, Learning, Smoothing, assign_naive, codebook_loss,
@@ -17,11 +13,11 @@ use transformer_vq::codebook::{
 use transformer_vq::ndarray;
 
 /// B, H, T, K, S and the width of a basis.
-const SIZES: [[usize; 6]; 5] =
+pub const SIZES: [[usize; 6]; 5] =
     [[1, 1, 1, 1, 1, 1], [2, 3, 7, 3, 5, 4], [3, 1, 40, 8, 4, 2], [1, 2, 20, 5, 17, 9], [2, 2, 0, 3, 4, 3]];
 
 /// Every kind that learns by gradient, and one that has nothing to move.
-fn codebooks([_, h, _, k, n_codes, f]: [usize; 6]) -> Vec<Codebook<f64>> {
+pub fn codebooks([_, h, _, k, n_codes, f]: [usize; 6]) -> Vec<Codebook<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let (codewords, basis) = (normal(&mut rng, (h, n_codes, k)), normal(&mut rng, (h, n_codes, f)));
     let weight: Array3<f64> = normal(&mut rng, (h, k, f));
@@ -37,14 +33,14 @@ fn codebooks([_, h, _, k, n_codes, f]: [usize; 6]) -> Vec<Codebook<f64>> {
     ]
 }
 
-struct Batch {
-    keys: Array4<f64>,
-    codes: Array3<u32>,
-    mask: Array2<bool>,
+pub struct Batch {
+    pub keys: Array4<f64>,
+    pub codes: Array3<u32>,
+    pub mask: Array2<bool>,
 }
 
 impl Batch {
-    fn new([b, h, t, k, n_codes, _]: [usize; 6]) -> Self {
+    pub fn new([b, h, t, k, n_codes, _]: [usize; 6]) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(t as u64);
         Batch {
             keys: normal(&mut rng, (b, h, t, k)),
@@ -53,11 +49,11 @@ impl Batch {
         }
     }
 
-    fn stats(&self, n_codes: usize) -> CodeStats<f64> {
+    pub fn stats(&self, n_codes: usize) -> CodeStats<f64> {
         CodeStats::collect(self.keys.view(), self.codes.view(), n_codes, Some(self.mask.view())).unwrap()
     }
 
-    fn loss(&self, codewords: ArrayView3<'_, f64>) -> f64 {
+    pub fn loss(&self, codewords: ArrayView3<'_, f64>) -> f64 {
         commitment::loss(self.keys.view(), self.codes.view(), codewords, Some(self.mask.view())).unwrap()
     }
 }
@@ -270,80 +266,8 @@ fn gradient_steps_lead_to_the_centroids() {
     }
 }
 
-/// Laplace's divisors, one number at a time.
-fn laplace(counts: &[f64], epsilon: f64) -> Vec<f64> {
-    let total: f64 = counts.iter().sum();
-    counts.iter().map(|n| (n + epsilon) / (total + counts.len() as f64 * epsilon) * total).collect()
-}
-
-#[test]
-fn one_step_of_laplace_is_the_closed_form() {
-    for size in SIZES {
-        let [_, h, _, k, n_codes, _] = size;
-        for epsilon in [1e-5, 0.5] {
-            let start: Array3<f64> = normal(&mut ChaCha8Rng::seed_from_u64(1), (h, n_codes, k));
-            let ema = Ema::from_codewords(start.clone(), 0.9).unwrap();
-            let ema = ema.with_smoothing(Smoothing::Laplace { epsilon }).unwrap();
-            let mut codebook = Codebook::ema(ema);
-            // All counts are 1: so are the divisors.
-            assert!(relative_rms(&codebook.codewords(), &start) < 1e-14);
-            let stats = Batch::new(size).stats(n_codes);
-            codebook.update(&stats).unwrap();
-            let Learning::Ema(ema) = codebook.learning() else { panic!() };
-            assert_eq!(ema.smoothing(), Smoothing::Laplace { epsilon });
-            let sums = &start * 0.9 + &stats.sums() * (1.0 - 0.9);
-            let counts = stats.counts().mapv(|n| 0.9 + (1.0 - 0.9) * n as f64);
-            assert_eq!((ema.sums(), ema.counts()), (sums.view(), counts.view()));
-            let mut expected = sums;
-            for (mut table, counts) in expected.outer_iter_mut().zip(counts.outer_iter()) {
-                let divisors = laplace(&counts.to_vec(), epsilon);
-                assert!((divisors.iter().sum::<f64>() / counts.sum() - 1.0).abs() < 1e-14);
-                table /= &Array1::from(divisors).insert_axis(Axis(1));
-            }
-            assert!(relative_rms(&codebook.codewords(), &expected) < 1e-14);
-        }
-    }
-}
-
-/// The mean of the keys, but for the share of epsilon.
-#[test]
-fn constant_data_lead_to_centroids() {
-    let keys = array![[[[1.0, 2.0], [3.0, 2.0], [-5.0, 0.0], [-7.0, 1.0]]]];
-    let codes = array![[[0u32, 0, 1, 1]]];
-    let stats = CodeStats::collect(keys.view(), codes.view(), 2, None).unwrap();
-    for smoothing in [Smoothing::CountClamp, Smoothing::Laplace { epsilon: 1e-5 }] {
-        let ema = Ema::from_codewords(Array3::ones((1, 2, 2)), 0.8).unwrap();
-        let mut codebook = Codebook::ema(ema.with_smoothing(smoothing).unwrap());
-        for _ in 0..200 {
-            codebook.update(&stats).unwrap();
-        }
-        let expected = array![[[2.0, 2.0], [-6.0, 0.5]]];
-        assert!(relative_rms(&codebook.codewords(), &expected) < 1e-5);
-    }
-}
-
-/// Its direction stays, its length never grows, and it is gone in the end.
-#[test]
-fn an_unused_code_stays_and_fades_under_laplace() {
-    let start = array![[[3.0f64, 4.0], [1.0, 0.0]]];
-    let ema = Ema::from_codewords(start, 0.5).unwrap();
-    let mut codebook = Codebook::ema(ema.with_smoothing(Smoothing::Laplace { epsilon: 1e-5 }).unwrap());
-    let keys = array![[[[1.0, 0.5]]]];
-    let stats = CodeStats::collect(keys.view(), array![[[1]]].view(), 2, None).unwrap();
-    let mut norms = vec![5.0f64];
-    for _ in 0..40 {
-        codebook.update(&stats).unwrap();
-        let codeword: Array1<f64> = codebook.codewords().slice(s![0, 0, ..]).to_owned();
-        assert!((codeword[0] * 4.0 - codeword[1] * 3.0).abs() < 1e-12);
-        norms.push(codeword[0].hypot(codeword[1]));
-    }
-    assert!((norms[1] / 5.0 - 1.0).abs() < 1e-4, "the first update throws nothing away: {}", norms[1]);
-    assert!(norms.windows(2).all(|pair| pair[1] <= pair[0]));
-    assert!(norms[40] < 1e-5);
-}
-
 proptest! {
-    #![proptest_config(support::config(40))]
+    #![proptest_config(crate::support::config(40))]
 
     /// The sizes of the test plan: the gradient of the codebook loss is its definition, key by key.
     #[test]
@@ -380,109 +304,6 @@ fn without_counted_positions_codewords_get_nothing() {
     let mut codebook = Codebook::ema(ema.with_smoothing(Smoothing::Laplace { epsilon: 1e-5 }).unwrap());
     codebook.update(&batch.stats(5)).unwrap();
     assert!(relative_rms(&codebook.codewords(), &Array3::<f64>::ones((3, 5, 3))) < 1e-14);
-}
-
-#[test]
-fn codebooks_that_cannot_be_are_refused() {
-    type Parts = CodebookParameters<f64>;
-    let none = Parts::default();
-    let (table, weight) = (Array3::<f64>::ones((2, 5, 3)), Array3::<f64>::ones((2, 3, 4)));
-    let (basis, bias) = (Array3::<f64>::ones((2, 5, 4)), Array2::<f64>::ones((2, 3)));
-    let of = |result: Result<Codebook<f64>, Error>| match result.unwrap_err() {
-        Error::Shape { what, .. } => ("Shape", what),
-        Error::Invalid { what, .. } => ("Invalid", what),
-        Error::Empty { what } => ("Empty", what),
-        Error::NotFinite { what, .. } => ("NotFinite", what),
-        other => panic!("{other}"),
-    };
-    // Parameters that do not belong to the kind.
-    let codewords = Parts { codewords: Some(table.clone()), ..none.clone() };
-    let linear = Parts { weight: Some(weight.clone()), ..none.clone() };
-    let frozen = || Learning::Frozen(table.clone());
-    for (learning, parameters) in [
-        (frozen(), &codewords),
-        (frozen(), &linear),
-        (Learning::Gradient, &none),
-        (Learning::Gradient, &linear),
-        (Learning::Gradient, &Parts { bias: Some(bias.clone()), ..codewords.clone() }),
-        (Learning::Linear(Basis::Learned), &linear),
-        (Learning::Linear(Basis::Frozen(basis.clone())), &none),
-        (
-            Learning::Linear(Basis::Frozen(basis.clone())),
-            &Parts { basis: Some(basis.clone()), ..linear.clone() },
-        ),
-    ] {
-        assert_eq!(of(Codebook::new(learning, parameters.clone())), ("Invalid", "parameters"));
-    }
-    // Shapes.
-    let linear = |basis: &Array3<f64>, weight: &Array3<f64>, bias: Option<Array2<f64>>, learned| {
-        of(Codebook::linear(basis.clone(), weight.clone(), bias, learned))
-    };
-    for learned in [false, true] {
-        assert_eq!(linear(&basis, &Array3::ones((2, 3, 3)), None, learned), ("Shape", "weight"));
-        assert_eq!(linear(&basis, &Array3::ones((1, 3, 4)), None, learned), ("Shape", "weight"));
-        assert_eq!(linear(&basis, &weight, Some(Array2::ones((2, 4))), learned), ("Shape", "bias"));
-        let empty = |h, s, f, k| linear(&Array3::ones((h, s, f)), &Array3::ones((h, k, f)), None, learned);
-        assert_eq!(empty(0, 5, 4, 3), ("Empty", "codewords"));
-        assert_eq!(empty(2, 0, 4, 3), ("Empty", "basis"));
-        assert_eq!(empty(2, 5, 0, 3), ("Empty", "basis"));
-        assert_eq!(empty(2, 5, 4, 0), ("Empty", "weight"));
-        for bad in [f64::NAN, f64::INFINITY] {
-            assert_eq!(linear(&(&basis * bad), &weight, None, learned), ("NotFinite", "basis"));
-            assert_eq!(linear(&basis, &(&weight * bad), None, learned), ("NotFinite", "weight"));
-            assert_eq!(linear(&basis, &weight, Some(&bias * bad), learned), ("NotFinite", "bias"));
-        }
-        // Finite factors whose product is not.
-        assert_eq!(linear(&(&basis * 1e200), &(&weight * 1e200), None, learned), ("NotFinite", "codewords"));
-    }
-    for dim in [(0, 5, 3), (2, 0, 3), (2, 5, 0)] {
-        assert_eq!(of(Codebook::gradient(Array3::ones(dim))), ("Empty", "codewords"));
-        assert_eq!(of(Codebook::frozen(Array3::ones(dim))), ("Empty", "codewords"));
-    }
-    assert_eq!(of(Codebook::gradient(&table * f64::NAN)), ("NotFinite", "codewords"));
-    assert_eq!(of(Codebook::frozen(&table * f64::NAN)), ("NotFinite", "codewords"));
-}
-
-#[test]
-fn bad_gradients_parameters_and_smoothing_are_refused_and_change_nothing() {
-    let size = SIZES[1];
-    let batch = Batch::new(size);
-    for mut codebook in codebooks(size) {
-        let before = codebook.clone();
-        let (d, mut gradients) = (codebook.codewords(), codebook.parameters().zeros_like());
-        let error = codebook.backward(d.slice(s![.., ..4, ..]), &mut gradients).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "d_codewords", .. }));
-        let error = codebook.backward((&d * f64::NAN).view(), &mut gradients).unwrap_err();
-        assert!(matches!(error, Error::NotFinite { what: "d_codewords", .. }));
-        let mut others = CodebookParameters { bias: Some(Array2::zeros((3, 3))), ..Default::default() };
-        let error = codebook.backward(d.view(), &mut others).unwrap_err();
-        assert!(matches!(error, Error::Invalid { what: "gradients", .. }), "{error}");
-        assert_eq!(gradients, codebook.parameters().zeros_like());
-        let error = codebook.set_parameters(others).unwrap_err();
-        assert!(matches!(error, Error::Invalid { what: "parameters", .. }), "{error}");
-        let mut bad = codebook.parameters().clone();
-        if let Some((_, mut first)) = bad.views_mut().pop() {
-            first.fill(f64::NAN);
-            assert!(matches!(codebook.set_parameters(bad), Err(Error::NotFinite { .. })));
-        }
-        let error = codebook.update(&CodeStats::zeros(3, 6, 3).unwrap()).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "stats", .. }));
-        assert_eq!(codebook, before);
-    }
-    let codewords: Array3<f64> = Array3::ones((3, 5, 3));
-    let loss = |codewords: &Array3<f64>, weight| {
-        codebook_loss::backward(&batch.stats(5), codewords.view(), weight).unwrap_err()
-    };
-    assert!(matches!(loss(&Array3::ones((3, 4, 3)), 1.0), Error::Shape { what: "codewords", .. }));
-    assert!(matches!(loss(&(&codewords * f64::NAN), 1.0), Error::NotFinite { what: "codewords", .. }));
-    assert!(matches!(loss(&codewords, f64::INFINITY), Error::Invalid { what: "weight", .. }));
-    let smoothed = |ema: Ema<f64>, epsilon| ema.with_smoothing(Smoothing::Laplace { epsilon }).unwrap_err();
-    for epsilon in [0.0, -1e-5, f64::NAN, f64::INFINITY] {
-        let ema = Ema::from_codewords(codewords.clone(), 0.9).unwrap();
-        assert!(matches!(smoothed(ema, epsilon), Error::Invalid { what: "epsilon", .. }));
-    }
-    let without_counts = Ema::new(codewords, Array2::zeros((3, 5)), 0.9).unwrap();
-    assert!(matches!(smoothed(without_counts, 1e-5), Error::NotFinite { what: "codewords", .. }));
 }
 
 /// One code, one dimension: the mean of all keys, by every kind.
