@@ -37,6 +37,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
+pub mod bidirectional;
 mod block;
 pub mod blockwise;
 mod cache;
@@ -49,6 +50,10 @@ mod state;
 pub mod stream;
 mod tile;
 
+pub use bidirectional::{
+    BidirectionalAttention, BidirectionalGradients, BidirectionalInputs, BidirectionalOutput,
+    BidirectionalSaved,
+};
 pub use cache::CompressiveCache;
 #[cfg(feature = "model")]
 pub(crate) use heads::HeadColumns;

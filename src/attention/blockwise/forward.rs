@@ -125,7 +125,7 @@ fn run_segment<T: Scalar>(
 
 /// Divides each row by its sum; whether all of it is finite. A query or a value that is not makes a row that is not: every
 /// query sees its own key.
-fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, sums: &Row<T>) -> bool {
+pub(in crate::attention) fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, sums: &Row<T>) -> bool {
     let mut nothing = [T::zero(); LANES];
     for (mut row, &sum) in out.rows_mut().into_iter().zip(sums) {
         match row.as_slice_mut() {

@@ -45,7 +45,7 @@ mod forward;
 mod replay;
 
 pub(super) use backward::{RowGradients, run_backward};
-pub(super) use forward::{RowOutputs, run};
+pub(super) use forward::{RowOutputs, normalize, run};
 
 /// What backward needs of forward: O(T) and one state.
 #[derive(Debug, Clone)]

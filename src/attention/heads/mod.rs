@@ -26,6 +26,7 @@ mod backward;
 mod forward;
 mod prepared;
 
+pub(super) use forward::{fit_rows, quantize};
 #[cfg(feature = "model")]
 pub(crate) use prepared::HeadColumns;
 pub use prepared::PreparedHeads;
@@ -353,7 +354,7 @@ impl<T: Scalar> BatchInputs<'_, T> {
 }
 
 /// Makes `array` one of shape [B, H, T, width] in the memory order of [B, T, H, width]; kept if it is one.
-fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
+pub(super) fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
     let in_order = array.view().permuted_axes([0, 2, 1, 3]).is_standard_layout();
     if array.dim() != (b, h, t, width) || !in_order {
         *array = Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3]);
@@ -361,7 +362,7 @@ fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width
 }
 
 /// The [T, width] parts of an array [B, H, T, width], sequence by sequence, head by head.
-fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
+pub(super) fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
     let mut parts = vec![];
     for mut sequence in array.outer_iter_mut() {
         // Views are split one by one: an iterator over a borrowed view could not outlive it.
