@@ -11,7 +11,7 @@
 //!
 //! Arrays are laid out as those of [`VqAttention`](crate::VqAttention).
 
-use ndarray::{Array3, Array4, ArrayView2, ArrayView4, Axis};
+use ndarray::{Array3, Array4, ArrayView2, ArrayView4, Axis, s};
 
 use super::Visible;
 use crate::codebook::packed::Table;
@@ -182,7 +182,13 @@ impl BidirectionalAttention {
         check_shape("saved.codewords", &[h, n_codes, d_k], saved.codewords.shape())?;
         check_shape("saved.codes", &[b, h, keys], saved.codes.shape())?;
         check_shape("saved.lse", &[b, heads, t], saved.lse.shape())?;
-        saved.visible.iter().try_for_each(|visible| visible.check((n_codes, d_k), d_v))?;
+        for (n, visible) in saved.visible.iter().enumerate() {
+            visible.check((n_codes, d_k), d_v)?;
+            let mask = inputs.key_mask.as_ref().map(|mask| mask.row(n / h));
+            if !visible.counts(saved.codes.slice(s![n / h, n % h, ..]), mask) {
+                return Err(Error::invalid("key_mask", "that of forward", "another"));
+            }
+        }
         check_shape("d_out", &[b, heads, t, d_v], d_out.shape())?;
         if !commit_weight.is_finite() {
             return Err(Error::invalid("commit_weight", "finite", commit_weight));
@@ -203,8 +209,7 @@ impl<T: Scalar> BidirectionalInputs<'_, T> {
         let (b, heads, _, d_k) = self.q.dim();
         let (_, _, keys, d_v) = self.v.dim();
         check_shape("k", &[b, key_heads, self.k.len_of(Axis(2)), d_k], self.k.shape())?;
-        check_shape("v", &[b, key_heads, self.k.len_of(Axis(2)), d_v], &[b, key_heads, keys, d_v])?;
-        check_shape("v", &[b, key_heads, keys, d_v], self.v.shape())?;
+        check_shape("v", &[b, key_heads, self.k.len_of(Axis(2)), d_v], self.v.shape())?;
         if heads == 0 || !heads.is_multiple_of(key_heads) {
             let expected = format!("a multiple of the {key_heads} key heads");
             return Err(Error::invalid("heads of q", expected, heads));

@@ -131,6 +131,9 @@ pub fn backward<T: Scalar>(
     let Saved { visible, lse } = saved;
     check_shape("saved.lse", &[t], lse.shape())?;
     visible.check(inputs.codewords.dim(), d_v)?;
+    if !visible.counts(inputs.codes, inputs.key_mask) {
+        return Err(Error::invalid("codes", "those of forward, under its mask", "others"));
+    }
     check_shape("d_out", &[t, d_v], d_out.shape())?;
     check_finite("d_out", d_out)?;
     let mut d_q = Array2::zeros(inputs.q.raw_dim());

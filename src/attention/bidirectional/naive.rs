@@ -57,10 +57,7 @@ pub fn forward<T: Scalar>(inputs: &Inputs<'_, T>) -> Result<Output<T>, Error> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward<T: Scalar>(
-    inputs: &Inputs<'_, T>,
-    d_out: ArrayView2<'_, T>,
-) -> Result<Gradients<T>, Error> {
+pub fn backward<T: Scalar>(inputs: &Inputs<'_, T>, d_out: ArrayView2<'_, T>) -> Result<Gradients<T>, Error> {
     inputs.check()?;
     let t = inputs.q.nrows();
     check_shape("d_out", &[t, inputs.v.ncols()], d_out.shape())?;

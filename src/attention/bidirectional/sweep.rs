@@ -68,8 +68,7 @@ fn forward_task<T: Scalar>(
     for ((q, mut out), lse) in tiles.zip(lse.chunks_mut(LANES)) {
         transpose(q, &mut q_t);
         product(visible.codewords.view(), view(&q_t), view_mut(&mut scores)); // (1)
-        let [max, _, sum] =
-            on_best_simd!(simd => softmax(simd, &mut scores, &visible.log_counts, &mut [])); // (2)
+        let [max, _, sum] = on_best_simd!(simd => softmax(simd, &mut scores, &visible.log_counts, &mut [])); // (2)
         for ((lse, max), sum) in lse.iter_mut().zip(max).zip(sum) {
             *lse = max + sum.ln();
             finite &= lse.is_finite();

@@ -40,7 +40,8 @@ impl<T: Scalar> Visible<T> {
         let rows = rows_of_codes(n_codes, &used);
         let mut cache = CompressiveCache::new(used.len(), v.ncols());
         for run in runs(codes.len(), mask) {
-            let of_keys: Vec<u32> = codes.slice(s![run.clone()]).iter().map(|&code| rows[code as usize]).collect();
+            let of_keys: Vec<u32> =
+                codes.slice(s![run.clone()]).iter().map(|&code| rows[code as usize]).collect();
             cache.push_rows(&of_keys, v.slice(s![run, ..]), None);
         }
         let log_counts = cache.log_counts();
@@ -51,6 +52,17 @@ impl<T: Scalar> Visible<T> {
     pub fn check(&self, (n_codes, d_k): (usize, usize), d_v: usize) -> Result<(), Error> {
         check_shape("saved.codewords", &[n_codes, d_k], &[self.n_codes, self.codewords.ncols()])?;
         check_shape("saved.mean", &[self.used.len(), d_v], self.mean().shape())
+    }
+
+    /// Whether these are the codes that it counts, under this mask.
+    pub fn counts(&self, codes: ArrayView1<'_, u32>, mask: Option<ArrayView1<'_, bool>>) -> bool {
+        let mut counts = vec![0; self.n_codes];
+        for run in runs(codes.len(), mask) {
+            codes.slice(s![run]).iter().for_each(|&code| counts[code as usize] += 1);
+        }
+        let mut used = self.used.iter().zip(self.cache.count());
+        let expected: u64 = self.cache.count().sum();
+        counts.iter().sum::<u64>() == expected && used.all(|(&code, &n)| counts[code] == n)
     }
 
     /// Whether there is nothing to see.

@@ -103,7 +103,10 @@ pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut Batch
 }
 
 /// Makes `array` one of shape [B, H, T]; kept if it is one.
-pub(in crate::attention) fn fit_rows<X: Clone + Default>(array: &mut Array3<X>, shape: (usize, usize, usize)) {
+pub(in crate::attention) fn fit_rows<X: Clone + Default>(
+    array: &mut Array3<X>,
+    shape: (usize, usize, usize),
+) {
     if array.dim() != shape || !array.is_standard_layout() {
         *array = Array3::default(shape);
     }
