@@ -13,8 +13,8 @@ use crate::attention::kernels::{exponentiate, score_gradients, softmax};
 use crate::attention::tile::{view, view_mut};
 use crate::ops::matmul::{PackedRows, add_product, product};
 use crate::ops::rows::all_finite;
-use crate::ops::simd::{LANES, Rows, on_best_simd};
-use crate::ops::transpose::transpose;
+use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
+use crate::ops::transpose::{MOST_LANES, transpose};
 use crate::ops::triangle::Triangle;
 
 /// Queries of one task of forward: enough to repay its buffers.
@@ -67,7 +67,7 @@ fn forward_task<T: Scalar>(
     let tiles = q.axis_chunks_iter(Axis(0), LANES).zip(out.axis_chunks_iter_mut(Axis(0), LANES));
     for ((q, mut out), lse) in tiles.zip(lse.chunks_mut(LANES)) {
         transpose(q, &mut q_t);
-        product(visible.codewords.view(), view(&q_t), view_mut(&mut scores)); // (1)
+        fill(visible.codewords.view(), &q_t, &mut scores, q.nrows()); // (1)
         let [max, _, sum] = on_best_simd!(simd => softmax(simd, &mut scores, &visible.log_counts, &mut [])); // (2)
         for ((lse, max), sum) in lse.iter_mut().zip(max).zip(sum) {
             *lse = max + sum.ln();
@@ -78,6 +78,12 @@ fn forward_task<T: Scalar>(
         finite &= normalize(out, &sum);
     }
     finite
+}
+
+/// Rows of C <- A B, as far as lanes hold one of `len` queries.
+fn fill<T: Scalar>(a: ArrayView2<'_, T>, b: &[Row<T>], c: &mut [Row<T>], len: usize) {
+    let lanes = len.next_multiple_of(MOST_LANES);
+    product(a, view(b).slice_move(s![.., ..lanes]), view_mut(c).slice_move(s![.., ..lanes]));
 }
 
 /// What the queries of a head add to the gradients of codes that occur.
@@ -155,9 +161,9 @@ fn backward_segment<T: Scalar>(
         shift[..len].copy_from_slice(lse);
         transpose(q, &mut q_t);
         transpose(d_out, &mut d_out_t);
-        product(visible.codewords.view(), view(&q_t), view_mut(&mut p));
+        fill(visible.codewords.view(), &q_t, &mut p, len);
         on_best_simd!(simd => exponentiate(simd, &mut p, &visible.log_counts, &shift));
-        product(visible.mean(), view(&d_out_t), view_mut(&mut d)); // (3)
+        fill(visible.mean(), &d_out_t, &mut d, len); // (3)
         on_best_simd!(score_gradients((&mut p, &mut d), (&[], &mut []), shares)); // (2)
         let [p, d] = [&p, &d].map(|rows| view(rows).slice_move(s![.., ..len]));
         add_product(p, d_out, sums.values.view_mut()); // (3)

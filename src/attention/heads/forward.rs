@@ -42,10 +42,12 @@ pub(super) fn run<T: Scalar>(
         .zip(states.iter_mut().collect::<Vec<_>>())
         .enumerate()
         .map(|(n, (rows, state))| {
+            let (rows, padding) = rows.split_at(inputs.len_of(n / h));
+            padding.clear();
             form(attention, &inputs.head(n / h, n % h, codes, &table.codewords), state, rows, segments)
         })
         .reduce(|| true, |a, b| a & b);
-    finite_keys & finite
+    finite_keys & finite & inputs.padding_finite(&inputs.q) & inputs.padding_finite(&inputs.v)
 }
 
 /// (4)
