@@ -76,7 +76,7 @@ impl Problem {
     }
 
     fn inputs<'a>(&'a self, k: &'a Array4<f32>) -> BatchInputs<'a, f32> {
-        BatchInputs { q: self.q.view(), k: k.view(), v: self.v.view(), biases: None, mask: None }
+        BatchInputs::new(self.q.view(), k.view(), self.v.view())
     }
 
     /// o, dq, dk, dv [T, 64].

@@ -39,7 +39,7 @@ impl Tokens {
 
     fn inputs(&self, from: usize, to: usize) -> BatchInputs<'_, f32> {
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.slice(s![.., .., from..to, ..]));
-        BatchInputs { q, k, v, biases: None, mask: None }
+        BatchInputs::new(q, k, v)
     }
 }
 

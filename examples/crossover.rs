@@ -250,13 +250,8 @@ impl Problem {
     }
 
     fn inputs(&self, t: usize) -> BatchInputs<'_, f32> {
-        BatchInputs {
-            q: self.q.slice(s![.., .., ..t, ..]),
-            k: self.k.slice(s![.., .., ..t, ..]),
-            v: self.v.slice(s![.., .., ..t, ..]),
-            biases: None,
-            mask: None,
-        }
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.slice(s![.., .., ..t, ..]));
+        BatchInputs::new(q, k, v)
     }
 
     fn linear(&self, t: usize, results: &mut Results) -> Result<Seconds, transformer_vq::Error> {

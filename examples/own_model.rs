@@ -95,13 +95,8 @@ fn learn(
     let v =
         Array4::from_shape_fn((BATCH, LEN, HEADS, 1), |(b, t, h, _)| batch.values[[b, t]] * layer.values[h]);
     let per_head = [0, 2, 1, 3];
-    let inputs = BatchInputs {
-        q: q.view().permuted_axes(per_head),
-        k: k.view().permuted_axes(per_head),
-        v: v.view().permuted_axes(per_head),
-        biases: None,
-        mask: None,
-    };
+    let [q, k, v] = [&q, &k, &v].map(|x| x.view().permuted_axes(per_head));
+    let inputs = BatchInputs::new(q, k, v);
     let mut states = attention.new_states(BATCH, codebook, 1)?;
     let (output, saved) = attention.forward(&inputs, codebook, &mut states)?;
 

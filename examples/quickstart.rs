@@ -36,7 +36,7 @@ fn main() -> Result<(), Error> {
         let mut random =
             || Array4::from_shape_simple_fn((1, HEADS, len, WIDTH), || rng.random_range(-0.5..0.5f32));
         let (q, k, v) = (random(), random(), random());
-        let inputs = BatchInputs { q: q.view(), k: k.view(), v: v.view(), biases: None, mask: None };
+        let inputs = BatchInputs::new(q.view(), k.view(), v.view());
 
         let mut states = attention.new_states(1, &codebook, WIDTH)?;
         let begun = Instant::now();
@@ -60,6 +60,7 @@ fn main() -> Result<(), Error> {
                 v: v.slice(s![0, 0, .., ..]),
                 codewords: codewords.slice(s![0, .., ..]),
                 biases: None,
+                starts: None,
             };
             let state = AttentionState::new(CODES, WIDTH, WIDTH, attention.window)?;
             let (expected, _) = naive::forward(&attention, &head, k_hat.slice(s![0, 0, .., ..]), &state)?;

@@ -27,7 +27,7 @@
 //!
 //! let attention = VqAttention { block_len: 32, window: 32, ..VqAttention::default() };
 //! let mut states = attention.new_states(1, &codebook, 4)?;
-//! let inputs = BatchInputs { q: q.view(), k: k.view(), v: v.view(), biases: None, mask: None };
+//! let inputs = BatchInputs::new(q.view(), k.view(), v.view());
 //! let (output, saved) = attention.forward(&inputs, &codebook, &mut states)?;
 //!
 //! // Your loss gives d_out; every gradient comes back.
@@ -58,6 +58,7 @@
 //! 1. [`attention::naive`]: the definition, in plain loops.
 //! 2. [`attention`]: the same numbers in linear time ([`attention::blockwise`]) and token by token ([`attention::stream`]);
 //!    [`VqAttention`] runs them over batch and heads.
+//!    [`attention::bidirectional`] is attention without an order of time.
 //! 3. [`codebook`]: how keys become codes, and how codewords learn.
 //! 4. [`model`]: a language model made of these; [`train`]: how it learns; [`generate`]: how it writes.
 //! 5. [`ops`]: everything else that a model needs, each operation with its gradient beside it. [`check`] compares gradients of

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use transformer_vq::attention::{
     AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved,
-    BiasGradients, Biases, CompressiveCache, Gradients, Inputs, Output, PreparedHeads, VqAttention,
-    WindowKeys, blockwise,
+    BiasGradients, Biases, BidirectionalAttention, BidirectionalGradients, BidirectionalInputs,
+    BidirectionalOutput, BidirectionalSaved, CompressiveCache, Gradients, Inputs, Output, PreparedHeads,
+    VqAttention, WindowKeys, bidirectional, blockwise,
 };
 use transformer_vq::codebook::{
     Basis, CodeStats, Codebook, CodebookParameters, Ema, Estimator, Learning, Replacement, Residual,
@@ -197,6 +198,15 @@ fn public_types_can_be_shared_copied_and_printed() {
     public::<PreparedHeads<f32>>();
     public::<BatchGradients<f32>>();
     public::<BatchBiasGradients<f32>>();
+    public::<bidirectional::Inputs<'_, f32>>();
+    public::<bidirectional::Output<f32>>();
+    public::<bidirectional::Gradients<f32>>();
+    public::<bidirectional::Saved<f32>>();
+    public::<BidirectionalAttention>();
+    public::<BidirectionalInputs<'_, f32>>();
+    public::<BidirectionalOutput<f32>>();
+    public::<BidirectionalSaved<f32>>();
+    public::<BidirectionalGradients<f32>>();
     public::<Codebook<f32>>();
     public::<Learning<f32>>();
     public::<Ema<f32>>();

@@ -125,7 +125,7 @@ fn in_f64(attention: &VqAttention, problem: &Problem<f32>) -> Problem<f64> {
     fn cast<D: Dimension>(array: &Array<f32, D>) -> Array<f64, D> {
         array.mapv(f64::from)
     }
-    let Problem { q, codes, v, codewords, biases, d_out, state } = problem;
+    let Problem { q, codes, v, codewords, biases, starts, d_out, state } = problem;
     let (cache, window) = (state.cache(), state.window_keys());
     let (mean, residual) = (cache.mean().mapv(f64::from), cache.residual().mapv(f64::from));
     let cache = CompressiveCache::from_parts(mean, residual, cache.count().to_owned()).unwrap();
@@ -137,6 +137,7 @@ fn in_f64(attention: &VqAttention, problem: &Problem<f32>) -> Problem<f64> {
         v: cast(v),
         codewords: cast(codewords),
         biases: biases.as_ref().map(|(u, w, r)| (cast(u), cast(w), cast(r))),
+        starts: starts.clone(),
         d_out: cast(d_out),
         state,
     }
@@ -148,14 +149,18 @@ proptest! {
     #[test]
     fn every_form_equals_the_definition(case in cases()) {
         let problem = Problem::<f64>::new(&case);
-        let expected = run_naive(&case.attention, &problem).unwrap();
-        for form in forms() {
-            if case.moved && !form.any_codebook {
-                continue;
-            }
-            let got = (form.run)(&case.attention, &problem).unwrap();
-            for (error, place) in errors(&got, &expected) {
-                prop_assert!(error <= 1e-13, "{}: {place} differs by {error:e}", form.name);
+        // One document, some of about 40 tokens, many of about 5.
+        let several = [40, 5].map(|tokens| problem.clone().with_documents(tokens, case.seed));
+        for problem in several.into_iter().chain([problem]) {
+            let expected = run_naive(&case.attention, &problem).unwrap();
+            for form in forms() {
+                if case.moved && !form.any_codebook {
+                    continue;
+                }
+                let got = (form.run)(&case.attention, &problem).unwrap();
+                for (error, place) in errors(&got, &expected) {
+                    prop_assert!(error <= 1e-13, "{}: {place} differs by {error:e}", form.name);
+                }
             }
         }
     }

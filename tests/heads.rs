@@ -68,15 +68,13 @@ impl<T: Scalar> Batch<T> {
 
     fn inputs(&self) -> BatchInputs<'_, T> {
         BatchInputs {
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
             biases: self.biases.as_ref().map(|(u, w, r)| BatchBiases {
                 content: u.view(),
                 position: w.view(),
                 relative: r.view(),
             }),
             mask: self.mask.as_ref().map(|mask| mask.view()),
+            ..BatchInputs::new(self.q.view(), self.k.view(), self.v.view())
         }
     }
 
@@ -164,6 +162,7 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
                     position: w.row(h),
                     relative: r.slice(s![h, .., ..]),
                 }),
+                starts: None,
             };
             let mut state = batch.states[[b, h]].clone();
             let (one, saved) = blockwise::forward(&batch.attention, &inputs, &mut state).unwrap();
@@ -335,6 +334,8 @@ fn states_carry_a_sequence_from_piece_to_piece() {
                     v: inputs.v.slice(s![.., .., tokens.clone(), ..]),
                     biases: inputs.biases.clone(),
                     mask: inputs.mask.map(|mask| mask.slice_move(s![.., tokens.clone()])),
+                    starts: None,
+                    lengths: None,
                 };
                 let (forward, _) = batch.attention.forward(&piece, &batch.codebook, &mut by_forward).unwrap();
                 let push = batch.attention.push(&piece, &batch.codebook, &mut by_push).unwrap();
@@ -363,7 +364,7 @@ fn prepared_heads_infer_as_any_others() {
                 let tokens = s![.., .., from..t.min(from + len), ..];
                 let [q, k, v] = [&batch.q, &batch.k, &batch.v].map(|x| x.slice(tokens));
                 let got = heads.push(q, k, v, &mut states).unwrap();
-                let inputs = BatchInputs { q, k, v, biases: batch.inputs().biases, mask: None };
+                let inputs = BatchInputs { biases: batch.inputs().biases, ..BatchInputs::new(q, k, v) };
                 let expected = batch.attention.push(&inputs, &batch.codebook, &mut expected_states).unwrap();
                 assert_eq!((&got.codes, got.commit_loss), (&expected.codes, expected.commit_loss));
                 assert!(relative_rms(&got.out, &expected.out) < 1e-14);

@@ -56,8 +56,14 @@ impl Problem {
         let attention = VqAttention { block_len: 32, window: 16, ..VqAttention::default() };
         let state = AttentionState::new(t, d_k, v.ncols(), attention.window).unwrap();
         let codes = Array1::from_iter(0..t as u32);
-        let inputs =
-            Inputs { q: q.view(), codes: codes.view(), v: v.view(), codewords: k.view(), biases: None };
+        let inputs = Inputs {
+            q: q.view(),
+            codes: codes.view(),
+            v: v.view(),
+            codewords: k.view(),
+            biases: None,
+            starts: None,
+        };
         let (output, _) = naive::forward(&attention, &inputs, k.view(), &state).unwrap();
         let d = naive::backward(&attention, &inputs, k.view(), &state, d_out.view()).unwrap();
         Computed { out: output.out, lse: output.lse, gradients: [d.q, d.k_hat + d.codewords, d.v] }

@@ -21,8 +21,21 @@ pub fn checks() -> Vec<Check> {
         check("attention, blocks constant to later ones", || worst(true, false, true)),
         check("attention, window only", || worst(false, true, true)),
         check("attention, window only, blocks constant", || worst(false, false, true)),
-        check("attention, quadratic: q, k, v", quadratic_error),
+        check("attention, several documents", documents_error),
+        check("attention, quadratic: q, k, v", || quadratic_error(false)),
+        check("attention, quadratic, several documents", || quadratic_error(true)),
     ]
+}
+
+/// The largest error where documents start in the piece: the first goes on from before, or begins with the piece.
+fn documents_error() -> f64 {
+    let sizes = [(13, 7, 4, 3, 5), (13, 7, 2, 0, 0), (11, 9, 3, 5, 1), (9, 0, 16, 2, 8)];
+    let errors = sizes.map(|(t, before, block_len, window, first)| {
+        let attention = VqAttention { block_len, window, ..VqAttention::default() };
+        let starts = Array1::from_shape_fn(t, |i| i == first || i % 6 == 5);
+        Case { starts: Some(starts), ..Case::new(attention, t, before, true) }.error()
+    });
+    errors.into_iter().fold(0.0, f64::max)
 }
 
 fn worst(cache: bool, gradient_through_cache: bool, biases: bool) -> f64 {
@@ -36,17 +49,26 @@ fn worst(cache: bool, gradient_through_cache: bool, biases: bool) -> f64 {
 }
 
 /// The largest error of attention over keys that are not quantized, at lengths of one and of two of its strips of 64 keys.
-fn quadratic_error() -> f64 {
+fn quadratic_error(documents: bool) -> f64 {
     let errors = [2, 7, 70].map(|t| {
         let mut rng = ChaCha8Rng::seed_from_u64(t as u64);
         let [q, k] = [0; 2].map(|_| random(&mut rng, (t, 3)));
         let [v, d_out] = [0; 2].map(|_| random(&mut rng, (t, 2)));
-        let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
-        let (d_q, d_k, d_v) =
-            quadratic::backward(q.view(), k.view(), v.view(), out.view(), lse.view(), d_out.view()).unwrap();
-        let loss = |q: ArrayView2<f64>, k: ArrayView2<f64>, v: ArrayView2<f64>| {
-            (quadratic::forward(q, k, v).unwrap().0 * &d_out).sum()
+        let starts = Array1::from_shape_fn(t, |i| documents && i % 30 == 3);
+        let forward = |q: ArrayView2<f64>, k: ArrayView2<f64>, v: ArrayView2<f64>| {
+            quadratic::forward_documents(q, k, v, starts.view()).unwrap()
         };
+        let (out, lse) = forward(q.view(), k.view(), v.view());
+        let of_forward = (out.view(), lse.view());
+        let (d_q, d_k, d_v) = quadratic::backward_documents(
+            (q.view(), k.view(), v.view()),
+            starts.view(),
+            of_forward,
+            d_out.view(),
+        )
+        .unwrap();
+        let loss =
+            |q: ArrayView2<f64>, k: ArrayView2<f64>, v: ArrayView2<f64>| (forward(q, k, v).0 * &d_out).sum();
         let expected = [
             finite_difference(|q| loss(q, k.view(), v.view()), &q, STEP),
             finite_difference(|k| loss(q.view(), k, v.view()), &k, STEP),
@@ -68,6 +90,8 @@ struct Case {
     v: Array2<f64>,
     codewords: Array2<f64>,
     biases: Option<(Array1<f64>, Array1<f64>, Array2<f64>)>,
+    /// Where documents start.
+    starts: Option<Array1<bool>>,
     d_out: Array2<f64>,
     state: AttentionState<f64>,
 }
@@ -96,6 +120,7 @@ impl Case {
                     let relative = random(rng, (attention.window + 1, D_K));
                     (random(rng, D_K), random(rng, D_K), relative)
                 }),
+                starts: None,
                 d_out: random(rng, (t, D_V)),
                 state,
             }
@@ -109,13 +134,14 @@ impl Case {
         Inputs {
             q: self.q.slice(s![tokens.clone(), ..]),
             codes: self.codes.slice(s![tokens.clone()]),
-            v: self.v.slice(s![tokens, ..]),
+            v: self.v.slice(s![tokens.clone(), ..]),
             codewords: self.codewords.view(),
             biases: self.biases.as_ref().map(|(content, position, relative)| Biases {
                 content: content.view(),
                 position: position.view(),
                 relative: relative.view(),
             }),
+            starts: self.starts.as_ref().map(|starts| starts.slice(s![tokens])),
         }
     }
 

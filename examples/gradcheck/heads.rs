@@ -66,15 +66,13 @@ impl Arrays {
 
     fn batch<'a>(&'a self, mask: Option<&'a Array2<bool>>) -> BatchInputs<'a, f64> {
         BatchInputs {
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
             biases: Some(BatchBiases {
                 content: self.content.view(),
                 position: self.position.view(),
                 relative: self.relative.view(),
             }),
             mask: mask.map(|mask| mask.view()),
+            ..BatchInputs::new(self.q.view(), self.k.view(), self.v.view())
         }
     }
 }
@@ -129,6 +127,7 @@ impl Surrogate<'_> {
                 position: x.position.row(h),
                 relative: x.relative.slice(s![h, .., ..]),
             }),
+            starts: None,
         };
         let (output, state) = naive::forward(&self.attention, &inputs, k_hat.view(), state).unwrap();
         ((&output.out * &self.d_out.slice(rows)).sum(), state)

@@ -10,6 +10,7 @@
 use std::process::ExitCode;
 
 mod attention;
+mod bidirectional;
 mod heads;
 mod model;
 mod ops;
@@ -26,7 +27,8 @@ pub struct Check {
 
 /// The whole table.
 pub fn checks() -> Vec<Check> {
-    [ops::checks(), attention::checks(), heads::checks(), model::checks()].into_iter().flatten().collect()
+    let attention = [attention::checks(), bidirectional::checks(), heads::checks()].into_iter().flatten();
+    ops::checks().into_iter().chain(attention).chain(model::checks()).collect()
 }
 
 /// Prints one line for each check and returns whether all of them pass.

@@ -258,6 +258,7 @@ impl<'a> Surrogate<'a> {
                 position: head.position.view(),
                 relative: head.relative.view(),
             }),
+            starts: None,
         };
         let (output, state) =
             naive::forward(&self.config.attention, &inputs, k_hat.slice(rows), state).unwrap();

@@ -41,15 +41,12 @@ impl Problem {
 
     fn inputs(&self) -> BatchInputs<'_, f32> {
         BatchInputs {
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
             biases: self.biases.as_ref().map(|[content, position, relative]| BatchBiases {
                 content: content.index_axis(Axis(1), 0),
                 position: position.index_axis(Axis(1), 0),
                 relative: relative.view(),
             }),
-            mask: None,
+            ..BatchInputs::new(self.q.view(), self.k.view(), self.v.view())
         }
     }
 
@@ -81,7 +78,7 @@ impl Problem {
             position: position.slice(s![0, 0, ..]),
             relative: relative.index_axis(Axis(0), 0),
         });
-        let inputs = Inputs { q: q.view(), codes, v: v.view(), codewords, biases };
+        let inputs = Inputs { q: q.view(), codes, v: v.view(), codewords, biases, starts: None };
         let states = self.attention.new_states(1, &self.codebook, v.ncols())?;
         let state = &states[[0, 0]];
         let (expected, _) = naive::forward(&self.attention, &inputs, k_hat.view(), state)?;

@@ -52,7 +52,7 @@ impl<T: Scalar> CompressiveCache<T> {
     /// [`count`](Self::count).
     ///
     /// # Shapes
-    /// `mean` and `residual` [S, V], `count` `[S]`.
+    /// `mean` and `residual` [S, V], `count` `[S]`. Where nothing was counted, the mean does not matter.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`].
@@ -61,8 +61,16 @@ impl<T: Scalar> CompressiveCache<T> {
         check_shape("count", &[mean.nrows()], count.shape())?;
         check_finite("mean", mean.view())?;
         check_finite("residual", residual.view())?;
-        let own = |a: Array2<T>| a.as_standard_layout().into_owned();
         let count = count.as_standard_layout().into_owned();
+        let own = |a: Array2<T>| {
+            let mut a = a.as_standard_layout().into_owned();
+            a.rows_mut()
+                .into_iter()
+                .zip(&count)
+                .filter(|&(_, &n)| n == 0)
+                .for_each(|(mut a, _)| a.fill(T::zero()));
+            a
+        };
         Ok(CompressiveCache { mean: own(mean), residual: own(residual), count })
     }
 
@@ -79,6 +87,15 @@ impl<T: Scalar> CompressiveCache<T> {
     /// How many tokens of each code are in the cache `[S]`.
     pub fn count(&self) -> ArrayView1<'_, u64> {
         self.count.view()
+    }
+
+    /// Takes out everything. Codes without a token have nothing to clear.
+    pub(super) fn reset(&mut self) {
+        for (s, n) in self.count.iter_mut().enumerate().filter(|(_, n)| **n > 0) {
+            *n = 0;
+            self.mean.row_mut(s).fill(T::zero());
+            self.residual.row_mut(s).fill(T::zero());
+        }
     }
 
     /// Adds one token (formulas 1 and 2).

@@ -29,17 +29,25 @@
 //! | [`stream`] | (S + M) (K + V) per token | decoding |
 //! | [`quadratic`] | T^2 (K + V) | exact attention without a codebook: what speed-ups are measured against |
 //!
+//! | [`bidirectional`] | T S (K + V) | encoders, and queries and keys of two sequences: no order of time |
+//!
+//! A sequence may hold several documents ([`Inputs::starts`]): each form attends to each of them as if it had been fed alone.
+//!
 //! These work on one head of one sequence. [`VqAttention::forward`] quantizes keys and runs many of them, over
 //! batch x heads, in parallel. Source: Transformer-VQ (Lingle, arXiv 2309.16354).
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use std::ops::Range;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
+pub mod bidirectional;
 mod block;
 pub mod blockwise;
 mod cache;
+mod documents;
 mod heads;
 mod kernels;
 pub mod naive;
@@ -49,6 +57,10 @@ mod state;
 pub mod stream;
 mod tile;
 
+pub use bidirectional::{
+    BidirectionalAttention, BidirectionalGradients, BidirectionalInputs, BidirectionalOutput,
+    BidirectionalSaved,
+};
 pub use cache::CompressiveCache;
 #[cfg(feature = "model")]
 pub(crate) use heads::HeadColumns;
@@ -101,6 +113,9 @@ pub struct Inputs<'a, T> {
     pub codewords: ArrayView2<'a, T>,
     /// Relative biases, if any.
     pub biases: Option<Biases<'a, T>>,
+    /// Where documents start `[T]`: true at the first token of each. Neither that token nor a later one sees anything before
+    /// it. Without it, all tokens belong to the document of the carried state.
+    pub starts: Option<ArrayView1<'a, bool>>,
 }
 
 /// Relative biases of one head (Transformer-XL).
@@ -169,6 +184,15 @@ pub struct BiasGradients<T> {
     pub relative: Array2<T>,
 }
 
+impl<T: Scalar> BiasGradients<T> {
+    /// Adds those of other queries.
+    fn add(&mut self, other: &Self) {
+        self.content += &other.content;
+        self.position += &other.position;
+        self.relative += &other.relative;
+    }
+}
+
 impl VqAttention {
     /// Checks that this can be computed.
     ///
@@ -201,6 +225,9 @@ impl<T: Scalar> Inputs<'_, T> {
         check_finite("q", self.q)?;
         check_finite("v", self.v)?;
         check_finite("codewords", self.codewords)?;
+        if let Some(starts) = &self.starts {
+            check_shape("starts", &[t], starts.shape())?;
+        }
         if let Some(biases) = &self.biases {
             check_shape("biases.content", &[k], biases.content.shape())?;
             check_shape("biases.position", &[k], biases.position.shape())?;
@@ -218,9 +245,18 @@ impl<T: Scalar> Inputs<'_, T> {
     /// The same inputs, borrowed for as long as `self` is.
     fn reborrow(&self) -> Inputs<'_, T> {
         Inputs {
-            q: self.q.view(),
-            codes: self.codes.view(),
-            v: self.v.view(),
+            starts: self.starts.as_ref().map(|starts| starts.view()),
+            ..self.document(0..self.codes.len())
+        }
+    }
+
+    /// Those of some tokens that belong to one document.
+    fn document(&self, tokens: Range<usize>) -> Inputs<'_, T> {
+        Inputs {
+            q: self.q.slice(s![tokens.clone(), ..]),
+            codes: self.codes.slice(s![tokens.clone()]),
+            v: self.v.slice(s![tokens, ..]),
+            starts: None,
             codewords: self.codewords.view(),
             biases: self.biases.as_ref().map(|biases| Biases {
                 content: biases.content.view(),

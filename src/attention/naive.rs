@@ -11,6 +11,8 @@
 //! so the block length is part of the definition of the gradient. What a carried state has summed up takes part as it
 //! was summed up: each code as `n_s = N_s` keys with one value, the mean. Everything else has n = 1.
 //!
+//! Where documents start in the piece, j runs over the tokens of i's own document alone, from its first on.
+//!
 //! This is the oracle of the other forms: it shares no code with them and is never made faster. Cost: T^2 (K + V).
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
@@ -67,8 +69,15 @@ impl<'a, T: Scalar> Definition<'a, T> {
         Ok(Definition { attention, inputs, k_hat, state, window: state.window_keys() })
     }
 
+    /// Where the document of token i starts, if that is in this piece.
+    fn document(&self, i: usize) -> Option<usize> {
+        (0..=i).rev().find(|&j| self.inputs.starts.is_some_and(|starts| starts[j]))
+    }
+
+    /// Blocks are counted from the start of the piece or of the document.
     fn block_start(&self, i: usize) -> usize {
-        i - i % self.attention.block_len
+        let first = self.document(i).unwrap_or(0);
+        i - (i - first) % self.attention.block_len
     }
 
     /// Everything that query i sees.
@@ -76,13 +85,14 @@ impl<'a, T: Scalar> Definition<'a, T> {
         let (window, cache) = (self.attention.window, self.attention.cache);
         let carried = self.window.codes.len();
         let mut terms = Vec::new();
+        let document = self.document(i);
         for (s, &count) in self.state.cache().count().indexed_iter() {
-            if cache && count > 0 {
+            if cache && count > 0 && document.is_none() {
                 let source = Source::Code(s);
                 terms.push(Term { source, recent: false, distance: None, count: count as f64 });
             }
         }
-        for n in 0..carried + i + 1 {
+        for n in document.map_or(0, |first| carried + first)..carried + i + 1 {
             let source = if n < carried { Source::Carried(n) } else { Source::Key(n - carried) };
             let distance = carried + i - n;
             // Key n lies at position n - carried of this piece.
@@ -145,14 +155,22 @@ impl<'a, T: Scalar> Definition<'a, T> {
         (terms, weights.iter().map(|&w| w / sum).collect(), max + sum.ln())
     }
 
-    /// The state after this piece: every token older than M is summed up under its code.
+    /// The state after this piece: every token of the last document that is older than M is summed up under its code.
     fn next_state(&self) -> Result<AttentionState<T>, Error> {
-        let carried = self.window.codes.len();
-        let total = carried + self.inputs.q.nrows();
+        let t = self.inputs.q.nrows();
+        let document = t.checked_sub(1).and_then(|last| self.document(last));
+        let carried = if document.is_some() { 0 } else { self.window.codes.len() };
+        let first = document.unwrap_or(0);
+        let total = carried + t - first;
         let cached = total.saturating_sub(self.attention.window);
-        let source = |n: usize| if n < carried { Source::Carried(n) } else { Source::Key(n - carried) };
+        let source =
+            |n: usize| if n < carried { Source::Carried(n) } else { Source::Key(first + n - carried) };
         let mut count = self.state.cache().count().to_owned();
         let mut sums = self.state.cache().mean().to_owned();
+        if document.is_some() {
+            count.fill(0);
+            sums.fill(T::zero());
+        }
         for (mut sum, &n) in sums.axis_iter_mut(Axis(0)).zip(&count) {
             sum *= T::from_f64(n as f64);
         }
@@ -179,7 +197,8 @@ impl<'a, T: Scalar> Definition<'a, T> {
             keys.k_hat.row_mut(slot).assign(&self.key(&term));
             keys.v.row_mut(slot).assign(&self.value(term.source));
         }
-        let position = self.state.position() + self.inputs.q.nrows() as u64;
+        let before = if document.is_some() { 0 } else { self.state.position() };
+        let position = before + (t - first) as u64;
         let cache = CompressiveCache::from_parts(sums, residual, count)?;
         AttentionState::from_parts(position, self.attention.window, cache, &keys)
     }

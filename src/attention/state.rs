@@ -100,7 +100,29 @@ impl<T: Scalar> AttentionState<T> {
         Ok(state)
     }
 
-    /// Tokens seen so far.
+    /// Forgets everything, as at the start of another document: the state before the first token.
+    pub fn reset(&mut self) {
+        let held = self.slots().2;
+        self.codes.slice_mut(s![..held]).fill(0);
+        self.k_hat.slice_mut(s![..held, ..]).fill(T::zero());
+        self.v.slice_mut(s![..held, ..]).fill(T::zero());
+        self.cache.reset();
+        self.position = 0;
+    }
+
+    /// The state before the first token, of the same sizes.
+    pub(super) fn fresh(&self) -> Self {
+        let (n_codes, d_v) = self.cache.mean().dim();
+        AttentionState {
+            position: 0,
+            cache: CompressiveCache::new(n_codes, d_v),
+            codes: Array1::zeros(self.window()),
+            k_hat: Array2::zeros(self.k_hat.raw_dim()),
+            v: Array2::zeros(self.v.raw_dim()),
+        }
+    }
+
+    /// Tokens seen so far, of the document that goes on.
     pub fn position(&self) -> u64 {
         self.position
     }

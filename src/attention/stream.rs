@@ -16,7 +16,7 @@ use fearless_simd::Simd;
 use ndarray::{ArrayView1, ArrayViewMut1, Zip, s};
 
 use super::blockwise::{self, RowOutputs};
-use super::{AttentionState, Inputs, Output, VqAttention};
+use super::{AttentionState, Inputs, Output, VqAttention, documents};
 use crate::ops::matmul::vector_product;
 use crate::ops::rows;
 use crate::ops::simd::{fused, on_best_simd};
@@ -42,6 +42,7 @@ const BLOCKWISE_FROM: usize = 4;
 ///     let (q, codes, v) = (array![[0.0, 0.0]], array![t % 2], array![[f64::from(t)]]);
 ///     let token = Inputs {
 ///         q: q.view(), codes: codes.view(), v: v.view(), codewords: codewords.view(), biases: None,
+///         starts: None,
 ///     };
 ///     let output = stream::push(&attention, &token, &mut state)?;
 ///     // A query of zeros attends to everything equally: the mean of 0, 1, ..., t.
@@ -74,6 +75,11 @@ pub(super) fn run<T: Scalar>(
     segments: usize,
 ) -> bool {
     let t = inputs.q.nrows();
+    if let Some(documents) = documents::documents(inputs.starts) {
+        return documents::forward(&documents, inputs, state, rows, |inputs, state, rows| {
+            run(attention, inputs, state, rows, segments)
+        });
+    }
     if t >= BLOCKWISE_FROM {
         return blockwise::run(attention, inputs, state, rows, segments);
     }

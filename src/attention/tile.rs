@@ -22,7 +22,7 @@ use crate::Scalar;
 use crate::ops::matmul::product;
 use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
-use crate::ops::transpose::transpose;
+use crate::ops::transpose::{MOST_LANES, transpose};
 use crate::ops::triangle::Triangle;
 
 /// The matrix [rows, 64] of these rows.
@@ -98,7 +98,10 @@ impl<T: Scalar> Scores<T> {
         }
         transpose(self.q_content.slice(s![..tile.len, ..]), &mut self.q_content_t);
         let codewords = piece.inputs.codewords.slice(s![self.codes.clone(), ..]);
-        product(codewords, view(&self.q_content_t), view_mut(&mut self.content));
+        // The tile of a short document leaves most lanes without a query.
+        let lanes = tile.len.next_multiple_of(MOST_LANES);
+        let q_t = view(&self.q_content_t).slice_move(s![.., ..lanes]);
+        product(codewords, q_t, view_mut(&mut self.content).slice_move(s![.., ..lanes]));
     }
 
     /// Computes (2) from (1); minus infinity where a query does not see a key.

@@ -315,16 +315,15 @@ impl<T: Scalar> Layer<'_, T> {
         batch: usize,
         mask: Option<ArrayView2<'s, bool>>,
     ) -> BatchInputs<'s, T> {
+        let [q, k, v] = [&activated.q, &activated.k, &activated.v].map(|rows| self.per_head(rows, batch));
         BatchInputs {
-            q: self.per_head(&activated.q, batch),
-            k: self.per_head(&activated.k, batch),
-            v: self.per_head(&activated.v, batch),
             biases: Some(BatchBiases {
                 content: self.prepared.content.view(),
                 position: self.prepared.position.view(),
                 relative: self.prepared.relative.view(),
             }),
             mask,
+            ..BatchInputs::new(q, k, v)
         }
     }
 

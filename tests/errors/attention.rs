@@ -24,7 +24,7 @@ const CASE: Case = Case {
 type Spoil = fn(&mut VqAttention, &mut Problem<f64>, f64);
 
 /// What is refused by every form, in which way, and by which name.
-const BAD_INPUTS: [(&str, &str, Spoil); 25] = [
+const BAD_INPUTS: [(&str, &str, Spoil); 27] = [
     ("Invalid", "block_len", |a, _, _| a.block_len = 0),
     ("Invalid", "block_len + window", |a, _, _| a.block_len = usize::MAX),
     ("Invalid", "block_len + window", |a, _, _| a.window = usize::MAX),
@@ -33,6 +33,8 @@ const BAD_INPUTS: [(&str, &str, Spoil); 25] = [
     ("Shape", "v", |_, p, _| p.v = Array2::zeros((5, 2))),
     ("Shape", "codewords", |_, p, _| p.codewords = Array2::zeros((5, 4))),
     ("Shape", "codewords", |_, p, _| p.q = Array2::zeros((6, 0))),
+    ("Shape", "starts", |_, p, _| p.starts = Some(Array1::from_elem(5, true))),
+    ("Shape", "starts", |_, p, _| p.starts = Some(Array1::from_elem(0, true))),
     ("Shape", "biases.content", |_, p, _| p.biases.as_mut().unwrap().0 = Array1::zeros(4)),
     ("Shape", "biases.position", |_, p, _| p.biases.as_mut().unwrap().1 = Array1::zeros(0)),
     ("Shape", "biases.relative", |_, p, _| p.biases.as_mut().unwrap().2 = Array2::zeros((3, 3))),

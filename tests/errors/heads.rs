@@ -1,6 +1,6 @@
 //! Batch x heads.
 
-use ndarray::{Array2, Array3, Array4};
+use ndarray::{Array1, Array2, Array3, Array4};
 use transformer_vq::Error;
 use transformer_vq::attention::{
     AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved, VqAttention,
@@ -27,6 +27,8 @@ struct Batch {
     position: Array2<f32>,
     relative: Array3<f32>,
     mask: Array2<bool>,
+    starts: Array2<bool>,
+    lengths: Array1<usize>,
     codebook: Codebook<f32>,
     states: Array2<AttentionState<f32>>,
 }
@@ -51,6 +53,8 @@ impl Batch {
             position: Array2::zeros((H, K)),
             relative: Array3::zeros((H, 4, K)),
             mask: Array2::from_elem((B, T), true),
+            starts: Array2::from_shape_fn((B, T), |(_, t)| t == 3),
+            lengths: Array1::from_vec(vec![T, T - 1]),
             states: states(B, &codebook, V, 3),
             codebook,
         }
@@ -58,15 +62,15 @@ impl Batch {
 
     fn inputs(&self) -> BatchInputs<'_, f32> {
         BatchInputs {
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
             biases: Some(BatchBiases {
                 content: self.content.view(),
                 position: self.position.view(),
                 relative: self.relative.view(),
             }),
             mask: Some(self.mask.view()),
+            starts: Some(self.starts.view()),
+            lengths: Some(self.lengths.view()),
+            ..BatchInputs::new(self.q.view(), self.k.view(), self.v.view())
         }
     }
 
@@ -93,7 +97,7 @@ impl Batch {
 type Spoil = fn(&mut Batch, f32);
 
 /// What forward, push and backward refuse alike.
-const BAD_INPUTS: [(&str, &str, Spoil); 18] = [
+const BAD_INPUTS: [(&str, &str, Spoil); 24] = [
     ("Invalid", "block_len", |b, _| b.attention.block_len = 0),
     ("Invalid", "block_len + window", |b, _| b.attention.block_len = usize::MAX),
     ("Invalid", "block_len + window", |b, _| b.attention.window = usize::MAX),
@@ -102,13 +106,19 @@ const BAD_INPUTS: [(&str, &str, Spoil); 18] = [
     ("Shape", "v", |b, _| b.v = Array4::zeros((B, H - 1, T, V))),
     ("Shape", "v", |b, _| b.v = Array4::zeros((B, H, T + 1, V))),
     ("Shape", "mask", |b, _| b.mask = Array2::from_elem((T, B), true)),
+    ("Shape", "starts", |b, _| b.starts = Array2::from_elem((B, T + 1), true)),
+    ("Shape", "lengths", |b, _| b.lengths = Array1::zeros(1)),
+    ("Invalid", "lengths", |b, _| b.lengths[1] = T + 1),
     ("Shape", "biases.content", |b, _| b.content = Array2::zeros((H, K + 1))),
     ("Shape", "biases.position", |b, _| b.position = Array2::zeros((1, K))),
     ("Shape", "biases.relative", |b, _| b.relative = Array3::zeros((H, 3, K))),
     ("Shape", "biases.relative", |b, _| b.relative = Array3::zeros((0, 0, 0))),
-    ("NotFinite", "q", |b, bad| b.q[[1, 2, 5, 3]] = bad),
+    ("NotFinite", "q", |b, bad| b.q[[0, 2, 5, 3]] = bad),
     ("NotFinite", "k", |b, bad| b.k[[0, 0, 0, 0]] = bad),
     ("NotFinite", "v", |b, bad| b.v[[1, 0, 3, 1]] = bad),
+    ("NotFinite", "q", |b, bad| b.q[[1, 2, T - 1, 3]] = bad), // does not exist
+    ("NotFinite", "k", |b, bad| b.k[[1, 2, T - 1, 3]] = bad),
+    ("NotFinite", "v", |b, bad| b.v[[1, 0, T - 1, 1]] = bad),
     ("NotFinite", "biases.content", |b, bad| b.content[[2, 0]] = bad),
     ("NotFinite", "biases.position", |b, bad| b.position[[0, 3]] = bad),
     ("NotFinite", "biases.relative", |b, bad| b.relative[[1, 3, 2]] = bad),
@@ -136,8 +146,8 @@ fn bad_inputs_are_told_apart_and_states_kept() {
             let mut states = batch.states.clone();
             refused(batch.attention.forward(&batch.inputs(), &batch.codebook, &mut states), variant, what);
             refused(batch.attention.push(&batch.inputs(), &batch.codebook, &mut states), variant, what);
-            // It has no mask, and biases are to fit the codebook before queries come.
-            if what != "mask" {
+            // It has no mask, no documents, and biases are to fit the codebook before queries come.
+            if !["mask", "starts", "lengths"].contains(&what) {
                 refused(batch.push_prepared(i < BAD_INPUTS.len(), &mut states), variant, what);
             }
             assert_eq!(states, batch.states);
@@ -173,6 +183,7 @@ fn backward_checks_what_it_is_given() {
     let longer = saved_by(|b, _| {
         [b.q, b.k] = [(); 2].map(|()| Array4::zeros((B, H, T + 1, K)));
         (b.v, b.mask) = (Array4::zeros((B, H, T + 1, V)), Array2::from_elem((B, T + 1), true));
+        b.starts = Array2::from_elem((B, T + 1), false);
     });
     refused(backward(longer, &good, 0.1), "Shape", "saved.codes");
     let other_window = saved_by(|b, _| {
@@ -191,6 +202,14 @@ fn backward_checks_what_it_is_given() {
         (b.relative, b.states) = (Array3::zeros((H, 4, 1)), states(B, &b.codebook, V, 3));
     });
     refused(backward(wider_keys, &good, 0.1), "Shape", "saved.codewords");
+}
+
+#[test]
+fn backward_under_other_lengths_is_refused() {
+    let mut batch = Batch::new();
+    let saved = batch.saved();
+    batch.lengths[0] = 2;
+    refused(batch.backward(saved), "Shape", "saved.lse");
 }
 
 #[test]
@@ -217,6 +236,7 @@ fn nothing_at_all_is_computed() {
         let mut batch = Batch::new();
         [batch.q, batch.k] = [(); 2].map(|()| Array4::zeros((b, H, t, K)));
         (batch.v, batch.mask) = (Array4::zeros((b, H, t, d_v)), Array2::from_elem((b, t), true));
+        (batch.starts, batch.lengths) = (batch.mask.clone(), Array1::from_elem(b, t));
         batch.states = states(b, &batch.codebook, d_v, 3);
         let push = ATTENTION.push(&batch.inputs(), &batch.codebook, &mut batch.states.clone()).unwrap();
         assert_eq!((push.out.dim(), push.commit_loss), ((b, H, t, d_v), 0.0));

@@ -1,6 +1,7 @@
 //! Bad input is told apart: every public entry names the argument that is wrong and in which way, and changes nothing.
 
 mod attention;
+mod bidirectional;
 mod codebook;
 mod heads;
 #[cfg(feature = "model")]

@@ -74,6 +74,8 @@ pub struct Problem<T> {
     pub v: Array2<T>,
     pub codewords: Array2<T>,
     pub biases: Option<(Array1<T>, Array1<T>, Array2<T>)>,
+    /// Where documents start.
+    pub starts: Option<Array1<bool>>,
     pub d_out: Array2<T>,
     /// Carried from an earlier piece.
     pub state: AttentionState<T>,
@@ -97,6 +99,7 @@ impl<T: Scalar> Problem<T> {
             v: normal(&mut rng, (before, d_v)),
             codewords: normal(&mut rng, (n_codes, d_k)),
             biases,
+            starts: None,
             d_out: Array2::zeros((0, 0)),
             state: AttentionState::new(n_codes, d_k, d_v, attention.window).unwrap(),
         };
@@ -113,6 +116,15 @@ impl<T: Scalar> Problem<T> {
         problem
     }
 
+    /// The same piece with documents that start in it, about one in `tokens`.
+    #[allow(dead_code)] // each test takes its part
+    pub fn with_documents(mut self, tokens: u64, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let starts = Array1::from_shape_simple_fn(self.q.nrows(), || rng.random_range(0..tokens) == 0);
+        self.starts = Some(starts);
+        self
+    }
+
     pub fn inputs(&self) -> Inputs<'_, T> {
         Inputs {
             q: self.q.view(),
@@ -124,6 +136,7 @@ impl<T: Scalar> Problem<T> {
                 position: position.view(),
                 relative: relative.view(),
             }),
+            starts: self.starts.as_ref().map(|starts| starts.view()),
         }
     }
 
@@ -133,12 +146,14 @@ impl<T: Scalar> Problem<T> {
         Inputs {
             q: inputs.q.slice_move(s![tokens.clone(), ..]),
             codes: inputs.codes.slice_move(s![tokens.clone()]),
-            v: inputs.v.slice_move(s![tokens, ..]),
+            v: inputs.v.slice_move(s![tokens.clone(), ..]),
+            starts: inputs.starts.map(|starts| starts.slice_move(s![tokens])),
             ..inputs
         }
     }
 
     /// The quantized keys.
+    #[allow(dead_code)] // likewise
     pub fn k_hat(&self) -> Array2<T> {
         Array2::from_shape_fn(self.q.raw_dim(), |(j, k)| self.codewords[[self.codes[j] as usize, k]])
     }

@@ -4,14 +4,16 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::cached::cached_values;
+use super::forward::Running;
 use super::replay::{KeyRows, Replay};
-use super::{Piece, Running, Saved, Segment};
+use super::{Piece, Saved, Segment, falling};
 use crate::Scalar;
 use crate::attention::block::Tile;
+use crate::attention::documents;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, CompressiveCache, Inputs, VqAttention};
-use crate::ops::matmul::{add_product, prefetch, product};
+use crate::ops::matmul::{PackedRows, add_product, prefetch, product};
 use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
@@ -25,30 +27,75 @@ pub(in crate::attention) struct RowGradients<'a, T> {
 }
 
 impl<'a, T> RowGradients<'a, T> {
-    fn split_at(self, n: usize) -> (Self, Self) {
+    pub fn split_at(self, n: usize) -> (Self, Self) {
         let (q, q_rest) = self.q.split_at(Axis(0), n);
         let (k_hat, k_hat_rest) = self.k_hat.split_at(Axis(0), n);
         let (v, v_rest) = self.v.split_at(Axis(0), n);
         (RowGradients { q, k_hat, v }, RowGradients { q: q_rest, k_hat: k_hat_rest, v: v_rest })
     }
+
+    /// What belongs to positions that do not exist.
+    pub fn clear(mut self)
+    where
+        T: Scalar,
+    {
+        self.q.fill(T::zero());
+        self.k_hat.fill(T::zero());
+        self.v.fill(T::zero());
+    }
 }
 
-/// [`backward`](super::backward) on checked shapes, in so many segments, which set the order of sums (threads do not); returns
-/// the gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.
+/// The gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.
+pub(in crate::attention) type HeadGradients<T> = (Array2<T>, Option<BiasGradients<T>>, bool);
+
+/// Adds the gradients of other tokens.
+pub(in crate::attention) fn add_gradients<T: Scalar>(sums: &mut HeadGradients<T>, more: &HeadGradients<T>) {
+    sums.0 += &more.0;
+    if let (Some(sums), Some(d)) = (&mut sums.1, &more.1) {
+        sums.add(d);
+    }
+    sums.2 &= more.2;
+}
+
+/// Tokens of a segment at least.
+const SEGMENT: usize = 512;
+
+/// [`backward`](super::backward) on checked shapes, each document in at most so many segments, which set the order of sums
+/// (threads do not).
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     saved: Saved<T>,
     d_out: ArrayView2<'_, T>,
-    mut rows: RowGradients<'_, T>,
+    rows: RowGradients<'_, T>,
     segments: usize,
     threads: usize,
-) -> (Array2<T>, Option<BiasGradients<T>>, bool) {
-    let piece = Piece::new(attention, inputs.reborrow(), saved.start.window_keys());
-    let mut cache = saved.start.cache;
-    let counts = cache.count().to_owned();
-    let segments = piece.segments(segments, &mut cache);
-    drop(cache);
+) -> HeadGradients<T> {
+    let relative_t = falling(inputs);
+    let run =
+        |inputs: &Inputs<'_, T>, saved: Saved<T>, d_out: ArrayView2<'_, T>, rows: RowGradients<'_, T>| {
+            let segments = segments.min(inputs.q.nrows() / SEGMENT);
+            run_in_parts(attention, inputs, relative_t.as_ref(), saved, d_out, rows, (segments, threads))
+        };
+    match documents::documents(inputs.starts) {
+        Some(documents) => documents::backward(&documents, inputs, saved, d_out, rows, run),
+        None => run(inputs, saved, d_out, rows),
+    }
+}
+
+/// [`run_backward`] on one document, in segments of any length.
+pub(super) fn run_in_parts<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    relative_t: Option<&PackedRows<T>>,
+    saved: Saved<T>,
+    d_out: ArrayView2<'_, T>,
+    mut rows: RowGradients<'_, T>,
+    (segments, threads): (usize, usize),
+) -> HeadGradients<T> {
+    let piece = Piece::new(attention, inputs.reborrow(), relative_t, &saved.start);
+    let counts = saved.start.cache.count().to_owned();
+    let segments = piece.segments(segments, saved.start.cache);
     let starts: Vec<_> =
         segments.iter().map(|segment| (segment.queries(&piece).start, segment.entered)).collect();
     let mut tasks = vec![];
@@ -70,9 +117,7 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
         v += &segment.v_before;
         sums.codewords += &segment.codewords;
         if let (Some(sums), Some(d)) = (&mut sums.biases, &segment.biases) {
-            sums.content += &d.content;
-            sums.position += &d.position;
-            sums.relative += &d.relative;
+            sums.add(d);
         }
         sums.finite &= segment.finite;
     }
@@ -191,7 +236,7 @@ fn run_segment<T: Scalar>(
 
             // (3)
             let (old, keys) = tile.parts();
-            if attention.cache {
+            if piece.reads_cache {
                 product(cache.mean(), view(&d_out_t), view_mut(&mut d_scores.content));
             }
             let (d_old, d_new) = d_scores.recent_mut(&tile).split_at_mut(old.len());
@@ -213,7 +258,7 @@ fn run_segment<T: Scalar>(
             let q_content = scores.q_content(&tile);
             let d_recent = view(&d_scores.recent(&tile)[old.len() + seen.start - keys.start..]);
             d_k_hat.add_product(d_recent.slice_move(s![.., ..tile.len]), q_content, seen);
-            if attention.cache {
+            if piece.reads_cache {
                 let d_content = view(&d_scores.content).slice_move(s![.., ..tile.len]);
                 add_product(d_content, q_content, sums.codewords.view_mut());
             } else {

@@ -5,9 +5,10 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{Piece, Running, Segment};
+use super::{Piece, Segment, falling};
 use crate::Scalar;
 use crate::attention::block::Block;
+use crate::attention::documents;
 use crate::attention::kernels::scale;
 use crate::attention::tile::{Scores, view};
 use crate::attention::{AttentionState, CompressiveCache, Inputs, VqAttention};
@@ -24,20 +25,30 @@ pub(in crate::attention) struct RowOutputs<'a, T> {
 }
 
 impl<'a, T> RowOutputs<'a, T> {
-    fn split_at(self, n: usize) -> (Self, Self) {
+    pub fn split_at(self, n: usize) -> (Self, Self) {
         let (out, out_rest) = self.out.split_at(Axis(0), n);
         let (lse, lse_rest) = self.lse.split_at_mut(n);
         let (cached_mass, mass_rest) = self.cached_mass.split_at_mut(n);
         let rest = RowOutputs { out: out_rest, lse: lse_rest, cached_mass: mass_rest };
         (RowOutputs { out, lse, cached_mass }, rest)
     }
+
+    /// What belongs to positions that do not exist: a query that sees nothing.
+    pub fn clear(mut self)
+    where
+        T: Scalar,
+    {
+        self.out.fill(T::zero());
+        self.lse.fill(T::neg_infinity());
+        self.cached_mass.fill(T::zero());
+    }
 }
 
 /// Tokens of a segment at least: enough to repay its buffers and its copy of the cache.
 const SEGMENT: usize = 1024;
 
-/// [`forward`](super::forward) on checked shapes, in at most `segments` parts at once, which change no bit of the result;
-/// returns whether q and v are finite.
+/// [`forward`](super::forward) on checked shapes, each document in at most `segments` parts at once, which change no bit of the
+/// result; returns whether q and v are finite.
 pub(in crate::attention) fn run<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
@@ -45,19 +56,32 @@ pub(in crate::attention) fn run<T: Scalar>(
     rows: RowOutputs<'_, T>,
     segments: usize,
 ) -> bool {
-    run_in_parts(attention, inputs, state, rows, segments.min(inputs.q.nrows() / SEGMENT))
+    let relative_t = falling(inputs);
+    let run = |inputs: &Inputs<'_, T>, state: &mut AttentionState<T>, rows: RowOutputs<'_, T>| {
+        let segments = segments.min(inputs.q.nrows() / SEGMENT);
+        run_in_parts(attention, inputs, relative_t.as_ref(), state, rows, segments)
+    };
+    match documents::documents(inputs.starts) {
+        Some(documents) => documents::forward(&documents, inputs, state, rows, run),
+        None => run(inputs, state, rows),
+    }
 }
 
-/// [`run`] in parts of any length.
+/// [`run`] on one document, in parts of any length.
 pub(super) fn run_in_parts<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
+    relative_t: Option<&PackedRows<T>>,
     state: &mut AttentionState<T>,
     rows: RowOutputs<'_, T>,
     segments: usize,
 ) -> bool {
-    let piece = Piece::new(attention, inputs.reborrow(), state.window_keys());
-    let segments = piece.segments(segments, &mut state.cache);
+    let piece = Piece::new(attention, inputs.reborrow(), relative_t, state);
+    if piece.codes.is_empty() {
+        return true;
+    }
+    let cache = std::mem::replace(&mut state.cache, CompressiveCache::new(0, 0));
+    let segments = piece.segments(segments, cache);
     let mut tasks = vec![];
     let mut rest = rows;
     for segment in segments {
@@ -110,7 +134,7 @@ fn run_segment<T: Scalar>(
             values.product(view(p_new).slice(s![.., ..tile.len]), keys, out.view_mut()); // (3)
             let p_old = view(p_old).slice_move(s![.., ..tile.len]);
             add_product(p_old.t(), piece.carried_values(&tile), out.view_mut());
-            if piece.attention.cache {
+            if piece.reads_cache {
                 let p = view(&scores.content).slice_move(s![.., ..tile.len]);
                 match &values.mean {
                     Some(mean) => mean.product((p.t(), Triangle::Full), 0, out.view_mut(), true),
@@ -123,9 +147,36 @@ fn run_segment<T: Scalar>(
     (finite, past.cache, past.entered)
 }
 
+/// The cache as a sweep forward in time meets it.
+pub(super) struct Running<T> {
+    pub cache: CompressiveCache<T>,
+    /// Keys that it holds of the carried window and the piece.
+    pub entered: usize,
+    /// ln N_s of the codes that a query reads through it; empty where it is not read.
+    pub log_counts: Vec<T>,
+}
+
+impl<T: Scalar> Running<T> {
+    pub fn new(piece: &Piece<'_, T>, cache: CompressiveCache<T>, entered: usize) -> Self {
+        let log_counts = if piece.reads_cache { cache.log_counts() } else { vec![] };
+        Running { cache, entered, log_counts }
+    }
+
+    /// (4), before `block`; which keys have entered, counted as in [`Piece::enter`].
+    pub fn enter(&mut self, piece: &Piece<'_, T>, block: &Block) -> Range<usize> {
+        let before = self.entered;
+        piece.enter(block, &mut self.entered, &mut self.cache);
+        let keys = before..self.entered;
+        if piece.reads_cache {
+            self.cache.update_log_counts(piece.codes_of(keys.clone()), &mut self.log_counts);
+        }
+        keys
+    }
+}
+
 /// Divides each row by its sum; whether all of it is finite. A query or a value that is not makes a row that is not: every
 /// query sees its own key.
-fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, sums: &Row<T>) -> bool {
+pub(in crate::attention) fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, sums: &Row<T>) -> bool {
     let mut nothing = [T::zero(); LANES];
     for (mut row, &sum) in out.rows_mut().into_iter().zip(sums) {
         match row.as_slice_mut() {
@@ -158,7 +209,7 @@ impl<T: Scalar> Values<T> {
         let (t, d_v) = piece.inputs.v.dim();
         let VqAttention { block_len, window, .. } = *piece.attention;
         let long = d_v * size_of::<T>() > LONG;
-        let mean = (piece.attention.cache && long).then(|| PackedRows::from_rows(cache.mean()));
+        let mean = (piece.reads_cache && long).then(|| PackedRows::from_rows(cache.mean()));
         let recent = PackedRows::zeros(t.min(block_len) + t.min(window), d_v);
         Values { recent, next: block.first_key, mean }
     }

@@ -24,6 +24,9 @@
 //!
 //! A block's queries are taken 64 at a time (see `tile`), so scores of the whole block never exist together.
 //!
+//! Where documents start inside of a piece, all this happens to each by itself. As long as the cache is empty, and no key enters it
+//! before the last block, its products are left out.
+//!
 //! Kept for backward: lse `[T]` and the state the piece began with. Cost: `2 T (S K + (M+1) K + V (S + M + L/2))` operations
 //! forward (without the (M+1) K where there are no biases).
 //! Source: Transformer-VQ (Lingle, arXiv 2309.16354); the sweeps of backward are this crate's.
@@ -44,8 +47,8 @@ mod cached;
 mod forward;
 mod replay;
 
-pub(super) use backward::{RowGradients, run_backward};
-pub(super) use forward::{RowOutputs, run};
+pub(super) use backward::{HeadGradients, RowGradients, add_gradients, run_backward};
+pub(super) use forward::{RowOutputs, normalize, run};
 
 /// What backward needs of forward: O(T) and one state.
 #[derive(Debug, Clone)]
@@ -113,26 +116,40 @@ pub(super) struct Piece<'a, T> {
     pub content_bias: Vec<T>,
     /// w `[K]`, zeros without biases.
     pub position_bias: Vec<T>,
-    /// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. None without biases.
-    pub relative_t: Option<PackedRows<T>>,
+    /// As [`falling`] has it.
+    pub relative_t: Option<&'a PackedRows<T>>,
+    /// Whether any query reads a key through the cache.
+    reads_cache: bool,
+}
+
+/// r transposed, distances falling: r_M, ..., r_0 [K, M+1]. None without biases.
+fn falling<T: Scalar>(inputs: &Inputs<'_, T>) -> Option<PackedRows<T>> {
+    inputs.biases.as_ref().map(|biases| PackedRows::from_rows(biases.relative.slice(s![..;-1, ..]).t()))
 }
 
 impl<'a, T: Scalar> Piece<'a, T> {
-    fn new(attention: &'a VqAttention, inputs: Inputs<'a, T>, window: WindowKeys<T>) -> Self {
-        let relative_t = inputs.biases.as_ref().map(|biases| {
-            let falling = biases.relative.slice(s![..;-1, ..]);
-            PackedRows::from_rows(falling.t())
-        });
+    /// A piece of one document after `state`; `relative_t` is [`falling`].
+    fn new(
+        attention: &'a VqAttention,
+        inputs: Inputs<'a, T>,
+        relative_t: Option<&'a PackedRows<T>>,
+        state: &AttentionState<T>,
+    ) -> Self {
         let zeros = || vec![T::zero(); inputs.q.ncols()];
-        Piece {
+        let mut piece = Piece {
             attention,
-            window,
+            window: state.window_keys(),
             codes: inputs.codes.to_vec(),
             content_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.content.to_vec()),
             position_bias: inputs.biases.as_ref().map_or_else(zeros, |biases| biases.position.to_vec()),
             relative_t,
+            reads_cache: false,
             inputs,
-        }
+        };
+        let last = piece.n_blocks().checked_sub(1).map(|n| piece.block(n));
+        let enters = last.is_some_and(|block| piece.entered_before(&block) > 0);
+        piece.reads_cache = attention.cache && (enters || state.cache.count().iter().any(|&n| n > 0));
+        piece
     }
 
     /// Asks for what the tile after this one reads first.
@@ -145,7 +162,7 @@ impl<'a, T: Scalar> Piece<'a, T> {
 
     /// Whether values receive gradient from queries that read them through the cache.
     fn sends_through_cache(&self) -> bool {
-        self.attention.cache && self.attention.gradient_through_cache
+        self.reads_cache && self.attention.gradient_through_cache
     }
 
     /// Whether backward is one sweep: a mean value per key is then kept, and read once.
@@ -166,20 +183,22 @@ impl<'a, T: Scalar> Piece<'a, T> {
         Block::new(self.attention, self.codes.len(), self.window.codes.len(), n)
     }
 
-    /// The piece in at most `n` segments of whole blocks, each with the cache that its first block sees. `cache` is that of
-    /// before the piece and becomes that of the last segment's first block.
+    /// The piece in at most `n` segments of whole blocks, each with the cache that its first block sees, given that of before the
+    /// piece.
     ///
     /// Tokens enter the cache one by one here as in any other run: where segments are cut changes no bit of it.
-    fn segments(&self, n: usize, cache: &mut CompressiveCache<T>) -> Vec<Segment<T>> {
+    fn segments(&self, n: usize, cache: CompressiveCache<T>) -> Vec<Segment<T>> {
         let blocks = self.n_blocks();
         let per_segment = blocks.div_ceil(n.max(1)).max(1);
-        let mut entered = 0;
+        let (mut cache, mut entered) = (Some(cache), 0);
         (0..blocks)
             .step_by(per_segment)
             .map(|first| {
-                self.enter(&self.block(first), &mut entered, cache);
+                self.enter(&self.block(first), &mut entered, cache.as_mut().expect("until the last"));
                 let blocks = first..blocks.min(first + per_segment);
-                Segment { blocks, cache: cache.clone(), entered }
+                let is_last = blocks.end == self.n_blocks();
+                let cache = if is_last { cache.take() } else { cache.clone() };
+                Segment { blocks, cache: cache.expect("until the last"), entered }
             })
             .collect()
     }
@@ -246,33 +265,6 @@ impl<'a, T: Scalar> Piece<'a, T> {
     }
 }
 
-/// The cache as a sweep forward in time meets it.
-struct Running<T> {
-    cache: CompressiveCache<T>,
-    /// Keys that it holds of the carried window and the piece.
-    entered: usize,
-    /// ln N_s of the codes that a query reads through it; empty where it is not read.
-    log_counts: Vec<T>,
-}
-
-impl<T: Scalar> Running<T> {
-    fn new(piece: &Piece<'_, T>, cache: CompressiveCache<T>, entered: usize) -> Self {
-        let log_counts = if piece.attention.cache { cache.log_counts() } else { vec![] };
-        Running { cache, entered, log_counts }
-    }
-
-    /// (4), before `block`; which keys have entered, counted as in [`Piece::enter`].
-    fn enter(&mut self, piece: &Piece<'_, T>, block: &Block) -> Range<usize> {
-        let before = self.entered;
-        piece.enter(block, &mut self.entered, &mut self.cache);
-        let keys = before..self.entered;
-        if piece.attention.cache {
-            self.cache.update_log_counts(piece.codes_of(keys.clone()), &mut self.log_counts);
-        }
-        keys
-    }
-}
-
 /// Neighbouring blocks that run one after the other.
 #[derive(Debug)]
 struct Segment<T> {
@@ -324,6 +316,7 @@ mod tests {
             v: values.view(),
             codewords: codewords.view(),
             biases: Some(Biases { content: bias.row(0), position: bias.row(1), relative: relative.view() }),
+            starts: None,
         };
         // A piece before this one fills the state.
         let mut state = AttentionState::new(s, k, v, attention.window).unwrap();
@@ -332,16 +325,25 @@ mod tests {
         let mut output = Output::zeros(&inputs);
         output.out.fill(X::nan());
         let parts = segments.min(T); // as many as there are blocks, if need be
-        let piece = Piece::new(attention, inputs.reborrow(), state.window_keys());
-        assert!(piece.segments(parts, &mut state.cache.clone()).len() >= parts.min(piece.n_blocks()) / 2);
-        assert!(forward::run_in_parts(attention, &inputs, &mut state, output.rows(), parts));
+        let falling = falling(&inputs);
+        let relative_t = falling.as_ref();
+        let piece = Piece::new(attention, inputs.reborrow(), relative_t, &state);
+        assert!(piece.segments(parts, state.cache.clone()).len() >= parts.min(piece.n_blocks()) / 2);
+        assert!(forward::run_in_parts(attention, &inputs, relative_t, &mut state, output.rows(), parts));
         let saved = Saved { lse: output.lse.clone(), start };
         let d_out = numbers((T, v), 6);
         let nan = || Array2::from_elem((T, k), X::nan());
         let (mut d_q, mut d_k_hat, mut d_v) = (nan(), nan(), Array2::from_elem((T, v), X::nan()));
         let rows = RowGradients { q: d_q.view_mut(), k_hat: d_k_hat.view_mut(), v: d_v.view_mut() };
-        let (codewords, biases, finite) =
-            run_backward(attention, &inputs, saved, d_out.view(), rows, segments, threads);
+        let (codewords, biases, finite) = backward::run_in_parts(
+            attention,
+            &inputs,
+            relative_t,
+            saved,
+            d_out.view(),
+            rows,
+            (segments, threads),
+        );
         assert!(finite);
         (output, state, Gradients { q: d_q, k_hat: d_k_hat, v: d_v, codewords, biases })
     }

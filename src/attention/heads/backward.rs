@@ -16,9 +16,6 @@ use crate::ops::simd::LANES;
 /// Parts into which backward of a batch falls at least, where it is long enough: threads share them.
 const TASKS: usize = 8;
 
-/// Tokens of a part at least.
-const SEGMENT: usize = 512;
-
 /// Backward on checked shapes; whether q, k, v and `d_out` are finite.
 pub(super) fn run<T: Scalar>(
     attention: &VqAttention,
@@ -40,7 +37,7 @@ pub(super) fn run<T: Scalar>(
         relative: Array3::zeros(biases.relative.raw_dim()),
     });
     let commit_scale = T::from_f64(2.0 * commit_weight / inputs.counted().max(1) as f64);
-    let segments = TASKS.div_ceil((b * h).max(1)).min(t / SEGMENT);
+    let segments = TASKS.div_ceil((b * h).max(1));
     let threads = rayon::current_num_threads().div_ceil((b * h).max(1));
     let buffers =
         parts(&mut gradients.q).into_iter().zip(parts(&mut gradients.k)).zip(parts(&mut gradients.v));
@@ -50,13 +47,17 @@ pub(super) fn run<T: Scalar>(
         .collect::<Vec<_>>()
         .into_par_iter()
         .enumerate()
-        .map(|(n, (saved, ((d_q, mut d_k), d_v)))| {
+        .map(|(n, (saved, ((d_q, d_k), d_v)))| {
+            let len = inputs.len_of(n / h);
             let head = inputs.head(n / h, n % h, &codes, &codewords);
-            let d_out = d_out.slice(s![n / h, n % h, .., ..]);
+            let d_out = d_out.slice(s![n / h, n % h, ..len, ..]);
+            let (rows, padding) = RowGradients { q: d_q, k_hat: d_k, v: d_v }.split_at(len);
+            padding.clear();
+            let RowGradients { q: d_q, k_hat: mut d_k, v: d_v } = rows;
             let rows = RowGradients { q: d_q, k_hat: d_k.view_mut(), v: d_v };
             let (mut d_c, biases, finite) =
                 blockwise::run_backward(attention, &head, saved, d_out, rows, segments, threads); // (2)
-            let keys = inputs.k.slice(s![n / h, n % h, .., ..]);
+            let keys = inputs.k.slice(s![n / h, n % h, ..len, ..]);
             estimator.add_codeword_gradient(keys, head.codes, head.codewords, d_k.view(), d_c.view_mut());
             let finite_keys = d_k
                 .axis_chunks_iter_mut(Axis(0), KEYS_PER_TASK)
@@ -67,7 +68,7 @@ pub(super) fn run<T: Scalar>(
                     for from in (0..d_k.nrows()).step_by(LANES) {
                         let end = d_k.nrows().min(from + LANES);
                         let range = i * KEYS_PER_TASK + from..i * KEYS_PER_TASK + end;
-                        let next = range.end..t.min(range.end + LANES);
+                        let next = range.end..len.min(range.end + LANES);
                         prefetch(keys.slice(s![next, ..]));
                         prefetch(d_k.slice(s![end..d_k.nrows().min(end + LANES), ..]));
                         let mask = inputs.mask.as_ref();
@@ -84,7 +85,8 @@ pub(super) fn run<T: Scalar>(
             (d_c, biases, finite & finite_keys)
         })
         .collect();
-    let mut finite = true;
+    let padded = [&inputs.q, &inputs.k, &inputs.v, &d_out];
+    let mut finite = padded.into_iter().all(|x| inputs.padding_finite(x));
     for (n, (d_codewords, d_biases, finite_head)) in of_heads.into_iter().enumerate() {
         finite &= finite_head;
         let mut sum = gradients.codewords.index_axis_mut(Axis(0), n % h);

@@ -1,6 +1,6 @@
 //! Formulas (1) to (4) of the module above.
 
-use ndarray::{Array2, Array3, ArrayView3, Axis, s};
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
 use super::{BatchInputs, BatchOutput, fit, parts};
@@ -26,7 +26,7 @@ pub(super) fn run<T: Scalar>(
     let (b, h, t, _) = inputs.q.dim();
     fit_all(inputs, output);
     let codes = output.codes.as_slice_mut().expect("fitted");
-    let (errors, finite_keys) = quantize(inputs, table, codes);
+    let (errors, finite_keys) = quantize(inputs.k, inputs.mask, table, codes);
     output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
     // (2)
     let codes = &output.codes;
@@ -42,10 +42,12 @@ pub(super) fn run<T: Scalar>(
         .zip(states.iter_mut().collect::<Vec<_>>())
         .enumerate()
         .map(|(n, (rows, state))| {
+            let (rows, padding) = rows.split_at(inputs.len_of(n / h));
+            padding.clear();
             form(attention, &inputs.head(n / h, n % h, codes, &table.codewords), state, rows, segments)
         })
         .reduce(|| true, |a, b| a & b);
-    finite_keys & finite
+    finite_keys & finite & inputs.padding_finite(&inputs.q) & inputs.padding_finite(&inputs.v)
 }
 
 /// (4)
@@ -67,8 +69,13 @@ fn segments(heads: usize, t: usize) -> usize {
 }
 
 /// (1), and the sum of squares of (3); whether the keys are finite (a key whose square overflows counts as not).
-fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mut [u32]) -> (f64, bool) {
-    let (_, h, t, _) = inputs.k.dim();
+pub(in crate::attention) fn quantize<T: Scalar>(
+    keys: ArrayView4<'_, T>,
+    mask: Option<ArrayView2<'_, bool>>,
+    table: &Table<T>,
+    codes: &mut [u32],
+) -> (f64, bool) {
+    let (_, h, t, _) = keys.dim();
     let of_heads: Vec<(f64, bool)> = codes
         .par_chunks_mut(t.max(1))
         .enumerate()
@@ -78,9 +85,9 @@ fn quantize<T: Scalar>(inputs: &BatchInputs<'_, T>, table: &Table<T>, codes: &mu
         .map(|(n, i, codes)| {
             let start = i * KEYS_PER_TASK;
             let range = start..start + codes.len();
-            let keys = inputs.k.slice(s![n / h, n % h, range.clone(), ..]);
+            let keys = keys.slice(s![n / h, n % h, range.clone(), ..]);
             let finite = assign_into(&table.packed[n % h], keys, codes);
-            let mask = inputs.mask.as_ref().map(|mask| mask.slice_move(s![n / h, range]));
+            let mask = mask.as_ref().map(|mask| mask.slice_move(s![n / h, range]));
             let codewords = table.codewords.index_axis(Axis(0), n % h);
             (commitment::squared_error(keys, (&*codes).into(), codewords, mask), finite)
         })
@@ -98,7 +105,10 @@ pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut Batch
 }
 
 /// Makes `array` one of shape [B, H, T]; kept if it is one.
-fn fit_rows<X: Clone + Default>(array: &mut Array3<X>, shape: (usize, usize, usize)) {
+pub(in crate::attention) fn fit_rows<X: Clone + Default>(
+    array: &mut Array3<X>,
+    shape: (usize, usize, usize),
+) {
     if array.dim() != shape || !array.is_standard_layout() {
         *array = Array3::default(shape);
     }

@@ -9,10 +9,15 @@
 //! (4)  statistics of each code's keys                for the codebook to learn from
 //! ```
 //!
+//! Sequences of different lengths share a batch as padded ones, several documents a sequence: each is attended to as if it had
+//! been fed alone.
+//!
 //! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
 //! and outputs and gradients, laid out that way in memory, go back by the same call.
 
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
+use ndarray::{
+    Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
+};
 
 use super::blockwise::Saved;
 use super::state::state_len;
@@ -24,8 +29,10 @@ use crate::{Error, Scalar};
 
 mod backward;
 mod forward;
+mod positions;
 mod prepared;
 
+pub(super) use forward::{fit_rows, quantize};
 #[cfg(feature = "model")]
 pub(crate) use prepared::HeadColumns;
 pub use prepared::PreparedHeads;
@@ -44,6 +51,19 @@ pub struct BatchInputs<'a, T> {
     /// Positions that count in the loss and in the statistics [B, T]: true where they do. Without it, all do. A position
     /// that does not count is still seen as a key.
     pub mask: Option<ArrayView2<'a, bool>>,
+    /// Where documents start [B, T]: true at the first token of each. Neither that token nor a later one sees anything before
+    /// it, and a state is that of its sequence's last document. Without it, all tokens belong to the document of the state.
+    pub starts: Option<ArrayView2<'a, bool>>,
+    /// How many tokens of each sequence exist `[B]`; without it, all T. Those at its end that do not are padding: nothing sees
+    /// them, they move no state, count nowhere, and their outputs and gradients are 0 (lse -infinity).
+    pub lengths: Option<ArrayView1<'a, usize>>,
+}
+
+impl<'a, T> BatchInputs<'a, T> {
+    /// Queries, keys and values of whole sequences, each of one document, without biases; every position counts.
+    pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, T>, v: ArrayView4<'a, T>) -> Self {
+        BatchInputs { q, k, v, biases: None, mask: None, starts: None, lengths: None }
+    }
 }
 
 /// Relative biases of all heads.
@@ -174,11 +194,18 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
         output: &mut BatchOutput<T>,
     ) -> (BatchSaved<T>, bool) {
+        let counting = inputs.counting();
+        let inputs = &inputs.with_mask(counting.as_ref());
         let starts: Vec<_> = states.iter().cloned().collect();
         let finite = forward::run(self, inputs, table, states, blockwise::run, output);
         output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
         let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
-        let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
+        let h = inputs.q.len_of(Axis(1)).max(1);
+        let heads = heads.enumerate().map(|(n, (start, lse))| {
+            let lse = lse.slice(s![..inputs.len_of(n / h)]).to_owned();
+            Saved { lse, start }
+        });
+        let heads = heads.collect();
         let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
         (BatchSaved { heads, codes, codewords }, finite)
     }
@@ -197,6 +224,8 @@ impl VqAttention {
     ) -> Result<BatchOutput<T>, Error> {
         inputs.check_shapes(self, codebook.dim(), states)?;
         inputs.check_finite()?;
+        let counting = inputs.counting();
+        let inputs = &inputs.with_mask(counting.as_ref());
         let mut output = BatchOutput::default();
         let table = Table::new(codebook.codewords());
         forward::run(self, inputs, &table, states, stream::run, &mut output);
@@ -241,7 +270,8 @@ impl VqAttention {
         check_shape("saved.codes", &[b, h, t], codes.shape())?;
         check_shape("saved.codewords", &[h, codewords.len_of(Axis(1)), k], codewords.shape())?;
         inputs.check_arrays(self)?;
-        for saved in heads {
+        for (n, saved) in heads.iter().enumerate() {
+            check_shape("saved.lse", &[inputs.len_of(n / h)], saved.lse.shape())?;
             saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
         }
         check_shape("d_out", inputs.v.shape(), d_out.shape())?;
@@ -266,6 +296,8 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> bool {
+        let counting = inputs.counting();
+        let inputs = &inputs.with_mask(counting.as_ref());
         backward::run(self, inputs, saved, d_out, (estimator, commit_weight), gradients)
     }
 }
@@ -314,17 +346,11 @@ impl<T: Scalar> BatchInputs<'_, T> {
         if let Some(mask) = &self.mask {
             check_shape("mask", &[b, t], mask.shape())?;
         }
+        self.check_documents()?;
         self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, k), attention.window))
     }
 
-    /// Checks q, k and v: a pass over all of them, made only where a cheaper look says that there is something to find.
-    fn check_finite(&self) -> Result<(), Error> {
-        check_finite("q", self.q.view())?;
-        check_finite("k", self.k.view())?;
-        check_finite("v", self.v.view())
-    }
-
-    /// The inputs of head h of sequence b.
+    /// The inputs of head h of sequence b, as far as they exist.
     fn head<'s>(
         &'s self,
         b: usize,
@@ -332,10 +358,12 @@ impl<T: Scalar> BatchInputs<'_, T> {
         codes: &'s Array3<u32>,
         codewords: &'s Array3<T>,
     ) -> Inputs<'s, T> {
+        let len = self.len_of(b);
         Inputs {
-            q: self.q.slice(s![b, h, .., ..]),
-            codes: codes.slice(s![b, h, ..]),
-            v: self.v.slice(s![b, h, .., ..]),
+            q: self.q.slice(s![b, h, ..len, ..]),
+            codes: codes.slice(s![b, h, ..len]),
+            v: self.v.slice(s![b, h, ..len, ..]),
+            starts: self.starts.as_ref().map(|starts| starts.slice(s![b, ..len])),
             codewords: codewords.slice(s![h, .., ..]),
             biases: self.biases.as_ref().map(|biases| Biases {
                 content: biases.content.row(h),
@@ -344,16 +372,10 @@ impl<T: Scalar> BatchInputs<'_, T> {
             }),
         }
     }
-
-    /// Positions that count: the denominator of (3).
-    fn counted(&self) -> usize {
-        let (b, _, t, _) = self.q.dim();
-        self.mask.as_ref().map_or(b * t, |mask| mask.iter().filter(|&&m| m).count())
-    }
 }
 
 /// Makes `array` one of shape [B, H, T, width] in the memory order of [B, T, H, width]; kept if it is one.
-fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
+pub(super) fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
     let in_order = array.view().permuted_axes([0, 2, 1, 3]).is_standard_layout();
     if array.dim() != (b, h, t, width) || !in_order {
         *array = Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3]);
@@ -361,7 +383,7 @@ fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width
 }
 
 /// The [T, width] parts of an array [B, H, T, width], sequence by sequence, head by head.
-fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
+pub(super) fn parts<T>(array: &mut Array4<T>) -> Vec<ArrayViewMut2<'_, T>> {
     let mut parts = vec![];
     for mut sequence in array.outer_iter_mut() {
         // Views are split one by one: an iterator over a borrowed view could not outlive it.

@@ -92,7 +92,7 @@ impl<T: Scalar> PreparedHeads<T> {
         v: ArrayView4<'_, T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
-        let inputs = BatchInputs { q, k, v, biases: None, mask: None };
+        let inputs = BatchInputs::new(q, k, v);
         inputs.check_shapes(&self.attention, self.table.codewords.dim(), states)?;
         inputs.check_finite()?;
         let biases = self.biases.as_ref().map(|(content, position, relative)| BatchBiases {
@@ -114,9 +114,12 @@ impl VqAttention {
         columns: Option<&[HeadColumns<T>]>,
         states: &mut Array2<AttentionState<T>>,
     ) -> BatchOutput<T> {
+        let counting = inputs.counting();
+        let inputs = &inputs.with_mask(counting.as_ref());
         let mut output = BatchOutput::default();
+        let plain = inputs.starts.is_none() && inputs.lengths.is_none();
         match columns {
-            Some(columns) if inputs.q.len_of(Axis(2)) == 1 => {
+            Some(columns) if plain && inputs.q.len_of(Axis(2)) == 1 => {
                 push_token(self, inputs, table, columns, states, &mut output);
             }
             _ => {

@@ -32,7 +32,10 @@ use crate::ops::rows::all_finite;
 use crate::{Error, Scalar};
 
 mod backward;
+mod documents;
 mod forward;
+
+pub use documents::{backward_documents, forward_documents};
 
 /// Rows that one task checks.
 const ROWS: usize = 256;
@@ -93,13 +96,8 @@ pub fn backward<T: Scalar>(
     d_out: ArrayView2<'_, T>,
 ) -> Result<Gradients<T>, Error> {
     check_inputs(q, k, v)?;
+    check_given(v, out, lse, d_out)?;
     let t = q.nrows();
-    check_shape("out", v.shape(), out.shape())?;
-    check_shape("lse", &[t], lse.shape())?;
-    check_shape("d_out", v.shape(), d_out.shape())?;
-    check_rows("out", out)?;
-    check_finite("lse", lse)?;
-    check_rows("d_out", d_out)?;
     let mut delta = vec![T::zero(); t];
     let parts = delta.par_chunks_mut(ROWS).zip(d_out.axis_chunks_iter(Axis(0), ROWS));
     parts.zip(out.axis_chunks_iter(Axis(0), ROWS)).for_each(|((delta, d_out), out)| {
@@ -127,6 +125,21 @@ fn check_inputs<T: Scalar>(
     check_rows("q", q)?;
     check_rows("k", k)?;
     check_rows("v", v)
+}
+
+/// Checks what backward takes beside the inputs.
+fn check_given<T: Scalar>(
+    v: ArrayView2<'_, T>,
+    out: ArrayView2<'_, T>,
+    lse: ArrayView1<'_, T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<(), Error> {
+    check_shape("out", v.shape(), out.shape())?;
+    check_shape("lse", &[v.nrows()], lse.shape())?;
+    check_shape("d_out", v.shape(), d_out.shape())?;
+    check_rows("out", out)?;
+    check_finite("lse", lse)?;
+    check_rows("d_out", d_out)
 }
 
 /// [`check_finite`] on all threads.
