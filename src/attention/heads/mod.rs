@@ -3,18 +3,21 @@
 //! For every sequence b and head h, in parallel on the threads of the current rayon pool:
 //!
 //! ```text
-//! (1)  z = assign(k),  k^ = c_z                      one codebook per head
+//! (1)  z = assign(k),  k^ = c_z                      one codebook per key head
 //! (2)  o = attention(q, k^, z, v)                    see the module above
 //! (3)  commit_loss = sum over heads and dimensions, mean over positions, of |k - c_z|^2
 //! (4)  statistics of each code's keys                for the codebook to learn from
 //! ```
+//!
+//! Keys, values and everything that follows from keys may have fewer heads, Hk, which divides H: query head h then reads key head
+//! `h / (H / Hk)` (grouped queries; multi-query where Hk = 1). Codes, losses, statistics and states are made once per key head,
+//! and the gradients of a key head are the sums over its query heads, in their order.
 //!
 //! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
 //! and outputs and gradients, laid out that way in memory, go back by the same call.
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
 
-use super::blockwise::Saved;
 use super::state::state_len;
 use super::{AttentionState, Biases, Inputs, VqAttention, blockwise, stream};
 use crate::codebook::packed::Table;
@@ -35,9 +38,9 @@ pub use prepared::PreparedHeads;
 pub struct BatchInputs<'a, T> {
     /// Queries [B, H, T, K], already scaled.
     pub q: ArrayView4<'a, T>,
-    /// Keys, to be quantized [B, H, T, K].
+    /// Keys, to be quantized [B, Hk, T, K].
     pub k: ArrayView4<'a, T>,
-    /// Values [B, H, T, V].
+    /// Values [B, Hk, T, V].
     pub v: ArrayView4<'a, T>,
     /// Relative biases, if any.
     pub biases: Option<BatchBiases<'a, T>>,
@@ -53,7 +56,7 @@ pub struct BatchBiases<'a, T> {
     pub content: ArrayView2<'a, T>,
     /// w [H, K], added to queries for position scores.
     pub position: ArrayView2<'a, T>,
-    /// r [H, M+1, K], row d belongs to the distance d = i - j.
+    /// r [Hk, M+1, K], row d belongs to the distance d = i - j.
     pub relative: ArrayView3<'a, T>,
 }
 
@@ -62,7 +65,7 @@ pub struct BatchBiases<'a, T> {
 pub struct BatchOutput<T> {
     /// [B, H, T, V].
     pub out: Array4<T>,
-    /// [B, H, T].
+    /// [B, Hk, T].
     pub codes: Array3<u32>,
     /// Logarithm of each query's sum of `exp(score)` [B, H, T], nats.
     pub lse: Array3<T>,
@@ -77,7 +80,10 @@ pub struct BatchOutput<T> {
 /// What backward needs of forward: O(T) numbers per head, and the states the piece began with.
 #[derive(Debug, Clone)]
 pub struct BatchSaved<T> {
-    heads: Vec<Saved<T>>,
+    /// [B, H, T].
+    lse: Array3<T>,
+    /// One per sequence and key head.
+    starts: Vec<AttentionState<T>>,
     codes: Array3<u32>,
     /// The codebook may learn between forward and backward.
     codewords: Array3<T>,
@@ -88,11 +94,11 @@ pub struct BatchSaved<T> {
 pub struct BatchGradients<T> {
     /// [B, H, T, K].
     pub q: Array4<T>,
-    /// Of the keys, through the estimator and from the commitment loss [B, H, T, K].
+    /// Of the keys, through the estimator and from the commitment loss [B, Hk, T, K].
     pub k: Array4<T>,
-    /// [B, H, T, V].
+    /// [B, Hk, T, V].
     pub v: Array4<T>,
-    /// Of the codewords [H, S, K]: as the cache reads them, and as quantized keys through the estimator. A codebook that
+    /// Of the codewords [Hk, S, K]: as the cache reads them, and as quantized keys through the estimator. A codebook that
     /// learns by moving averages does not use it.
     pub codewords: Array3<T>,
     /// Of the relative biases, if there are any.
@@ -106,12 +112,12 @@ pub struct BatchBiasGradients<T> {
     pub content: Array2<T>,
     /// Of w [H, K].
     pub position: Array2<T>,
-    /// Of r [H, M+1, K].
+    /// Of r [Hk, M+1, K].
     pub relative: Array3<T>,
 }
 
 impl VqAttention {
-    /// States before the first token for a batch [B, H].
+    /// States before the first token for a batch [B, Hk].
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::TooLarge`] if this attention cannot be computed.
@@ -129,7 +135,7 @@ impl VqAttention {
         Ok(Array2::from_elem((batch, codebook.n_heads()), state))
     }
 
-    /// Quantizes the keys and attends; `states` [B, H] move from before the piece to after it.
+    /// Quantizes the keys and attends; `states` [B, Hk] move from before the piece to after it.
     ///
     /// # Errors
     /// Shapes that do not fit, numbers that are not finite, an impossible [`VqAttention`]. The states are then as they were.
@@ -177,10 +183,8 @@ impl VqAttention {
         let starts: Vec<_> = states.iter().cloned().collect();
         let finite = forward::run(self, inputs, table, states, blockwise::run, output);
         output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
-        let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
-        let heads = heads.map(|(start, lse)| Saved { lse: lse.to_owned(), start }).collect();
-        let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
-        (BatchSaved { heads, codes, codewords }, finite)
+        let (lse, codes) = (output.lse.clone(), output.codes.clone());
+        (BatchSaved { lse, starts, codes, codewords: table.codewords.clone() }, finite)
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, one token included, and nothing is saved.
@@ -236,15 +240,17 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> Result<(), Error> {
-        let BatchSaved { heads, codes, codewords } = &saved;
-        let (b, h, t, k) = inputs.q.dim();
-        check_shape("saved.codes", &[b, h, t], codes.shape())?;
-        check_shape("saved.codewords", &[h, codewords.len_of(Axis(1)), k], codewords.shape())?;
+        let BatchSaved { lse, starts, codes, codewords } = &saved;
         inputs.check_arrays(self)?;
-        for saved in heads {
-            saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
+        let ((b, h, t, k), n_key_heads) = (inputs.q.dim(), inputs.n_key_heads());
+        check_shape("saved.codes", &[b, n_key_heads, t], codes.shape())?;
+        check_shape("saved.lse", &[b, h, t], lse.shape())?;
+        check_shape("saved.codewords", &[n_key_heads, codewords.len_of(Axis(1)), k], codewords.shape())?;
+        let d_v = inputs.v.len_of(Axis(3));
+        for start in starts {
+            start.check(codewords.len_of(Axis(1)), k, d_v, self.window)?;
         }
-        check_shape("d_out", inputs.v.shape(), d_out.shape())?;
+        check_shape("d_out", &[b, h, t, d_v], d_out.shape())?;
         if !commit_weight.is_finite() {
             return Err(Error::invalid("commit_weight", "finite", commit_weight));
         }
@@ -273,17 +279,17 @@ impl VqAttention {
 impl<T: Scalar> BatchSaved<T> {
     /// Puts the states back to before the piece.
     fn restore(self, states: &mut Array2<AttentionState<T>>) {
-        for (state, saved) in states.iter_mut().zip(self.heads) {
-            *state = saved.start;
+        for (state, start) in states.iter_mut().zip(self.starts) {
+            *state = start;
         }
     }
 }
 
 impl<T: Scalar> BatchBiases<'_, T> {
-    fn check(&self, (h, k): (usize, usize), window: usize) -> Result<(), Error> {
+    fn check(&self, (h, n_key_heads): (usize, usize), k: usize, window: usize) -> Result<(), Error> {
         check_shape("biases.content", &[h, k], self.content.shape())?;
         check_shape("biases.position", &[h, k], self.position.shape())?;
-        check_shape("biases.relative", &[h, window + 1, k], self.relative.shape())?;
+        check_shape("biases.relative", &[n_key_heads, window + 1, k], self.relative.shape())?;
         check_finite("biases.content", self.content)?;
         check_finite("biases.position", self.position)?;
         check_finite("biases.relative", self.relative)
@@ -299,22 +305,34 @@ impl<T: Scalar> BatchInputs<'_, T> {
         states: &Array2<AttentionState<T>>,
     ) -> Result<(), Error> {
         self.check_arrays(attention)?;
-        let (b, h, t, k) = self.q.dim();
-        check_shape("q", &[b, n_heads, t, d_k], &[b, h, t, k])?;
-        check_shape("states", &[b, h], states.shape())?;
+        let (b, _, t, _) = self.k.dim();
+        check_shape("k", &[b, n_heads, t, d_k], self.k.shape())?;
+        check_shape("states", &[b, n_heads], states.shape())?;
         let d_v = self.v.len_of(Axis(3));
-        states.iter().try_for_each(|state| state.check(n_codes, k, d_v, attention.window))
+        states.iter().try_for_each(|state| state.check(n_codes, d_k, d_v, attention.window))
     }
 
     fn check_arrays(&self, attention: &VqAttention) -> Result<(), Error> {
         attention.validate()?;
         let (b, h, t, k) = self.q.dim();
-        check_shape("k", &[b, h, t, k], self.k.shape())?;
-        check_shape("v", &[b, h, t, self.v.len_of(Axis(3))], self.v.shape())?;
+        // Any number of key heads that divides that of queries.
+        let n_key_heads = Some(self.n_key_heads()).filter(|&n| n > 0 && h.is_multiple_of(n)).unwrap_or(h);
+        check_shape("k", &[b, n_key_heads, t, k], self.k.shape())?;
+        check_shape("v", &[b, n_key_heads, t, self.v.len_of(Axis(3))], self.v.shape())?;
         if let Some(mask) = &self.mask {
             check_shape("mask", &[b, t], mask.shape())?;
         }
-        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, k), attention.window))
+        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, n_key_heads), k, attention.window))
+    }
+
+    /// Hk.
+    fn n_key_heads(&self) -> usize {
+        self.k.len_of(Axis(1))
+    }
+
+    /// H / Hk: query heads that read one key head.
+    fn group(&self) -> usize {
+        self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
     }
 
     /// Checks q, k and v: a pass over all of them, made only where a cheaper look says that there is something to find.
@@ -324,7 +342,7 @@ impl<T: Scalar> BatchInputs<'_, T> {
         check_finite("v", self.v.view())
     }
 
-    /// The inputs of head h of sequence b.
+    /// The inputs of query head h of sequence b.
     fn head<'s>(
         &'s self,
         b: usize,
@@ -332,15 +350,16 @@ impl<T: Scalar> BatchInputs<'_, T> {
         codes: &'s Array3<u32>,
         codewords: &'s Array3<T>,
     ) -> Inputs<'s, T> {
+        let key_head = h / self.group();
         Inputs {
             q: self.q.slice(s![b, h, .., ..]),
-            codes: codes.slice(s![b, h, ..]),
-            v: self.v.slice(s![b, h, .., ..]),
-            codewords: codewords.slice(s![h, .., ..]),
+            codes: codes.slice(s![b, key_head, ..]),
+            v: self.v.slice(s![b, key_head, .., ..]),
+            codewords: codewords.slice(s![key_head, .., ..]),
             biases: self.biases.as_ref().map(|biases| Biases {
                 content: biases.content.row(h),
                 position: biases.position.row(h),
-                relative: biases.relative.slice(s![h, .., ..]),
+                relative: biases.relative.slice(s![key_head, .., ..]),
             }),
         }
     }
