@@ -126,8 +126,8 @@ const BAD_INPUTS: [(&str, &str, Spoil); 24] = [
 
 /// What forward and push refuse: here a codebook and states come in.
 const BAD_SURROUNDINGS: [(&str, &str, Spoil); 8] = [
-    ("Shape", "q", |b, _| b.codebook = codebook((H, S, K + 1))),
-    ("Shape", "q", |b, _| b.codebook = codebook((1, S, K))),
+    ("Shape", "k", |b, _| b.codebook = codebook((H, S, K + 1))),
+    ("Shape", "k", |b, _| b.codebook = codebook((1, S, K))),
     ("Shape", "state.mean", |b, _| b.codebook = codebook((H, S + 1, K))),
     ("Shape", "state.mean", |b, _| b.states = states(B, &b.codebook, V + 1, 3)),
     ("Shape", "state.k_hat", |b, _| b.states = states(B, &b.codebook, V, 2)),

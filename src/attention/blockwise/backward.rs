@@ -33,16 +33,6 @@ impl<'a, T> RowGradients<'a, T> {
         let (v, v_rest) = self.v.split_at(Axis(0), n);
         (RowGradients { q, k_hat, v }, RowGradients { q: q_rest, k_hat: k_hat_rest, v: v_rest })
     }
-
-    /// What belongs to positions that do not exist.
-    pub fn clear(mut self)
-    where
-        T: Scalar,
-    {
-        self.q.fill(T::zero());
-        self.k_hat.fill(T::zero());
-        self.v.fill(T::zero());
-    }
 }
 
 /// The gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.

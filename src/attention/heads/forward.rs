@@ -35,11 +35,20 @@ pub(super) fn run<T: Scalar>(
         let [lse, cached_mass] = [lse, cached_mass].map(|row| row.into_slice().expect("fitted"));
         RowOutputs { out, lse, cached_mass }
     });
+    // All query heads of a group start from their key head's state. The first of them moves it, the others move copies.
+    let group = inputs.group();
+    let mut copies: Vec<_> = states.iter().flat_map(|state| vec![state.clone(); group - 1]).collect();
+    let mut copies = copies.iter_mut();
+    let mut in_order = Vec::with_capacity(b * h);
+    for state in states.iter_mut() {
+        in_order.push(state);
+        in_order.extend(copies.by_ref().take(group - 1));
+    }
     let segments = segments(b * h, t);
     let finite = rows
         .collect::<Vec<_>>()
         .into_par_iter()
-        .zip(states.iter_mut().collect::<Vec<_>>())
+        .zip(in_order)
         .enumerate()
         .map(|(n, (rows, state))| {
             let (rows, padding) = rows.split_at(inputs.len_of(n / h));
@@ -99,7 +108,7 @@ pub(in crate::attention) fn quantize<T: Scalar>(
 pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut BatchOutput<T>) {
     let (b, h, t, _) = inputs.q.dim();
     fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
-    fit_rows(&mut output.codes, (b, h, t));
+    fit_rows(&mut output.codes, (b, inputs.n_key_heads(), t));
     fit_rows(&mut output.lse, (b, h, t));
     fit_rows(&mut output.cached_mass, (b, h, t));
 }

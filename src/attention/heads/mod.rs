@@ -3,7 +3,7 @@
 //! For every sequence b and head h, in parallel on the threads of the current rayon pool:
 //!
 //! ```text
-//! (1)  z = assign(k),  k^ = c_z                      one codebook per head
+//! (1)  z = assign(k),  k^ = c_z                      one codebook per key head
 //! (2)  o = attention(q, k^, z, v)                    see the module above
 //! (3)  commit_loss = sum over heads and dimensions, mean over positions, of |k - c_z|^2
 //! (4)  statistics of each code's keys                for the codebook to learn from
@@ -12,6 +12,10 @@
 //! Sequences of different lengths share a batch as padded ones, several documents a sequence: each is attended to as if it had
 //! been fed alone.
 //!
+//! Keys, values and everything that follows from keys may have fewer heads, Hk, which divides H: query head h then reads key head
+//! `h / (H / Hk)` (grouped queries; multi-query where Hk = 1). Codes, losses, statistics and states are made once per key head,
+//! and the gradients of a key head are the sums over its query heads, in their order.
+//!
 //! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
 //! and outputs and gradients, laid out that way in memory, go back by the same call.
 
@@ -19,7 +23,6 @@ use ndarray::{
     Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
 };
 
-use super::blockwise::Saved;
 use super::state::state_len;
 use super::{AttentionState, Biases, Inputs, VqAttention, blockwise, stream};
 use crate::codebook::packed::Table;
@@ -42,9 +45,9 @@ pub use prepared::PreparedHeads;
 pub struct BatchInputs<'a, T> {
     /// Queries [B, H, T, K], already scaled.
     pub q: ArrayView4<'a, T>,
-    /// Keys, to be quantized [B, H, T, K].
+    /// Keys, to be quantized [B, Hk, T, K].
     pub k: ArrayView4<'a, T>,
-    /// Values [B, H, T, V].
+    /// Values [B, Hk, T, V].
     pub v: ArrayView4<'a, T>,
     /// Relative biases, if any.
     pub biases: Option<BatchBiases<'a, T>>,
@@ -73,7 +76,7 @@ pub struct BatchBiases<'a, T> {
     pub content: ArrayView2<'a, T>,
     /// w [H, K], added to queries for position scores.
     pub position: ArrayView2<'a, T>,
-    /// r [H, M+1, K], row d belongs to the distance d = i - j.
+    /// r [Hk, M+1, K], row d belongs to the distance d = i - j.
     pub relative: ArrayView3<'a, T>,
 }
 
@@ -82,7 +85,7 @@ pub struct BatchBiases<'a, T> {
 pub struct BatchOutput<T> {
     /// [B, H, T, V].
     pub out: Array4<T>,
-    /// [B, H, T].
+    /// [B, Hk, T].
     pub codes: Array3<u32>,
     /// Logarithm of each query's sum of `exp(score)` [B, H, T], nats.
     pub lse: Array3<T>,
@@ -97,7 +100,10 @@ pub struct BatchOutput<T> {
 /// What backward needs of forward: O(T) numbers per head, and the states the piece began with.
 #[derive(Debug, Clone)]
 pub struct BatchSaved<T> {
-    heads: Vec<Saved<T>>,
+    /// [B, H, T].
+    lse: Array3<T>,
+    /// One per sequence and key head.
+    starts: Vec<AttentionState<T>>,
     codes: Array3<u32>,
     /// The codebook may learn between forward and backward.
     codewords: Array3<T>,
@@ -108,11 +114,11 @@ pub struct BatchSaved<T> {
 pub struct BatchGradients<T> {
     /// [B, H, T, K].
     pub q: Array4<T>,
-    /// Of the keys, through the estimator and from the commitment loss [B, H, T, K].
+    /// Of the keys, through the estimator and from the commitment loss [B, Hk, T, K].
     pub k: Array4<T>,
-    /// [B, H, T, V].
+    /// [B, Hk, T, V].
     pub v: Array4<T>,
-    /// Of the codewords [H, S, K]: as the cache reads them, and as quantized keys through the estimator. A codebook that
+    /// Of the codewords [Hk, S, K]: as the cache reads them, and as quantized keys through the estimator. A codebook that
     /// learns by moving averages does not use it.
     pub codewords: Array3<T>,
     /// Of the relative biases, if there are any.
@@ -126,12 +132,12 @@ pub struct BatchBiasGradients<T> {
     pub content: Array2<T>,
     /// Of w [H, K].
     pub position: Array2<T>,
-    /// Of r [H, M+1, K].
+    /// Of r [Hk, M+1, K].
     pub relative: Array3<T>,
 }
 
 impl VqAttention {
-    /// States before the first token for a batch [B, H].
+    /// States before the first token for a batch [B, Hk].
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::TooLarge`] if this attention cannot be computed.
@@ -149,7 +155,7 @@ impl VqAttention {
         Ok(Array2::from_elem((batch, codebook.n_heads()), state))
     }
 
-    /// Quantizes the keys and attends; `states` [B, H] move from before the piece to after it.
+    /// Quantizes the keys and attends; `states` [B, Hk] move from before the piece to after it.
     ///
     /// # Errors
     /// Shapes that do not fit, numbers that are not finite, an impossible [`VqAttention`]. The states are then as they were.
@@ -199,15 +205,8 @@ impl VqAttention {
         let starts: Vec<_> = states.iter().cloned().collect();
         let finite = forward::run(self, inputs, table, states, blockwise::run, output);
         output.stats = forward::statistics(inputs, output.codes.view(), table.n_codes());
-        let heads = starts.into_iter().zip(output.lse.lanes(Axis(2)));
-        let h = inputs.q.len_of(Axis(1)).max(1);
-        let heads = heads.enumerate().map(|(n, (start, lse))| {
-            let lse = lse.slice(s![..inputs.len_of(n / h)]).to_owned();
-            Saved { lse, start }
-        });
-        let heads = heads.collect();
-        let (codes, codewords) = (output.codes.clone(), table.codewords.clone());
-        (BatchSaved { heads, codes, codewords }, finite)
+        let (lse, codes) = (output.lse.clone(), output.codes.clone());
+        (BatchSaved { lse, starts, codes, codewords: table.codewords.clone() }, finite)
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, one token included, and nothing is saved.
@@ -265,16 +264,17 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> Result<(), Error> {
-        let BatchSaved { heads, codes, codewords } = &saved;
-        let (b, h, t, k) = inputs.q.dim();
-        check_shape("saved.codes", &[b, h, t], codes.shape())?;
-        check_shape("saved.codewords", &[h, codewords.len_of(Axis(1)), k], codewords.shape())?;
+        let BatchSaved { lse, starts, codes, codewords } = &saved;
         inputs.check_arrays(self)?;
-        for (n, saved) in heads.iter().enumerate() {
-            check_shape("saved.lse", &[inputs.len_of(n / h)], saved.lse.shape())?;
-            saved.start.check(codewords.len_of(Axis(1)), k, inputs.v.len_of(Axis(3)), self.window)?;
+        let ((b, h, t, k), n_key_heads) = (inputs.q.dim(), inputs.n_key_heads());
+        check_shape("saved.codes", &[b, n_key_heads, t], codes.shape())?;
+        check_shape("saved.lse", &[b, h, t], lse.shape())?;
+        check_shape("saved.codewords", &[n_key_heads, codewords.len_of(Axis(1)), k], codewords.shape())?;
+        let d_v = inputs.v.len_of(Axis(3));
+        for start in starts {
+            start.check(codewords.len_of(Axis(1)), k, d_v, self.window)?;
         }
-        check_shape("d_out", inputs.v.shape(), d_out.shape())?;
+        check_shape("d_out", &[b, h, t, d_v], d_out.shape())?;
         if !commit_weight.is_finite() {
             return Err(Error::invalid("commit_weight", "finite", commit_weight));
         }
@@ -305,17 +305,17 @@ impl VqAttention {
 impl<T: Scalar> BatchSaved<T> {
     /// Puts the states back to before the piece.
     fn restore(self, states: &mut Array2<AttentionState<T>>) {
-        for (state, saved) in states.iter_mut().zip(self.heads) {
-            *state = saved.start;
+        for (state, start) in states.iter_mut().zip(self.starts) {
+            *state = start;
         }
     }
 }
 
 impl<T: Scalar> BatchBiases<'_, T> {
-    fn check(&self, (h, k): (usize, usize), window: usize) -> Result<(), Error> {
+    fn check(&self, (h, n_key_heads): (usize, usize), k: usize, window: usize) -> Result<(), Error> {
         check_shape("biases.content", &[h, k], self.content.shape())?;
         check_shape("biases.position", &[h, k], self.position.shape())?;
-        check_shape("biases.relative", &[h, window + 1, k], self.relative.shape())?;
+        check_shape("biases.relative", &[n_key_heads, window + 1, k], self.relative.shape())?;
         check_finite("biases.content", self.content)?;
         check_finite("biases.position", self.position)?;
         check_finite("biases.relative", self.relative)
@@ -331,26 +331,38 @@ impl<T: Scalar> BatchInputs<'_, T> {
         states: &Array2<AttentionState<T>>,
     ) -> Result<(), Error> {
         self.check_arrays(attention)?;
-        let (b, h, t, k) = self.q.dim();
-        check_shape("q", &[b, n_heads, t, d_k], &[b, h, t, k])?;
-        check_shape("states", &[b, h], states.shape())?;
+        let (b, _, t, _) = self.k.dim();
+        check_shape("k", &[b, n_heads, t, d_k], self.k.shape())?;
+        check_shape("states", &[b, n_heads], states.shape())?;
         let d_v = self.v.len_of(Axis(3));
-        states.iter().try_for_each(|state| state.check(n_codes, k, d_v, attention.window))
+        states.iter().try_for_each(|state| state.check(n_codes, d_k, d_v, attention.window))
     }
 
     fn check_arrays(&self, attention: &VqAttention) -> Result<(), Error> {
         attention.validate()?;
         let (b, h, t, k) = self.q.dim();
-        check_shape("k", &[b, h, t, k], self.k.shape())?;
-        check_shape("v", &[b, h, t, self.v.len_of(Axis(3))], self.v.shape())?;
+        // Any number of key heads that divides that of queries.
+        let n_key_heads = Some(self.n_key_heads()).filter(|&n| n > 0 && h.is_multiple_of(n)).unwrap_or(h);
+        check_shape("k", &[b, n_key_heads, t, k], self.k.shape())?;
+        check_shape("v", &[b, n_key_heads, t, self.v.len_of(Axis(3))], self.v.shape())?;
         if let Some(mask) = &self.mask {
             check_shape("mask", &[b, t], mask.shape())?;
         }
         self.check_documents()?;
-        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, k), attention.window))
+        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, n_key_heads), k, attention.window))
     }
 
-    /// The inputs of head h of sequence b, as far as they exist.
+    /// Hk.
+    fn n_key_heads(&self) -> usize {
+        self.k.len_of(Axis(1))
+    }
+
+    /// H / Hk: query heads that read one key head.
+    fn group(&self) -> usize {
+        self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
+    }
+
+    /// The inputs of query head h of sequence b, as far as they exist.
     fn head<'s>(
         &'s self,
         b: usize,
@@ -358,17 +370,17 @@ impl<T: Scalar> BatchInputs<'_, T> {
         codes: &'s Array3<u32>,
         codewords: &'s Array3<T>,
     ) -> Inputs<'s, T> {
-        let len = self.len_of(b);
+        let (key_head, len) = (h / self.group(), self.len_of(b));
         Inputs {
             q: self.q.slice(s![b, h, ..len, ..]),
-            codes: codes.slice(s![b, h, ..len]),
-            v: self.v.slice(s![b, h, ..len, ..]),
+            codes: codes.slice(s![b, key_head, ..len]),
+            v: self.v.slice(s![b, key_head, ..len, ..]),
             starts: self.starts.as_ref().map(|starts| starts.slice(s![b, ..len])),
-            codewords: codewords.slice(s![h, .., ..]),
+            codewords: codewords.slice(s![key_head, .., ..]),
             biases: self.biases.as_ref().map(|biases| Biases {
                 content: biases.content.row(h),
                 position: biases.position.row(h),
-                relative: biases.relative.slice(s![h, .., ..]),
+                relative: biases.relative.slice(s![key_head, .., ..]),
             }),
         }
     }

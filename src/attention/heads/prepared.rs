@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, ArrayView1, ArrayView3, ArrayView4, Axis, s};
+use ndarray::{Array2, Array3, ArrayView1, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::forward::{self, fit_all};
@@ -22,6 +22,7 @@ use crate::attention::stream::{self, Scored};
 use crate::attention::{AttentionState, VqAttention};
 use crate::codebook::packed::{PackedCodewords, Table};
 use crate::codebook::{Codebook, commitment};
+use crate::error::check_shape;
 use crate::ops::matmul::PackedWeights;
 use crate::{Error, Scalar};
 
@@ -50,7 +51,7 @@ use crate::{Error, Scalar};
 pub struct PreparedHeads<T = f32> {
     attention: VqAttention,
     table: Table<T>,
-    /// u, w [H, K] and r [H, M+1, K].
+    /// u, w [H, K] and r [Hk, M+1, K].
     biases: Option<(Array2<T>, Array2<T>, Array3<T>)>,
     columns: Arc<[HeadColumns<T>]>,
 }
@@ -67,7 +68,10 @@ impl VqAttention {
     ) -> Result<PreparedHeads<T>, Error> {
         self.validate()?;
         if let Some(biases) = &biases {
-            biases.check((codebook.n_heads(), codebook.d_k()), self.window)?;
+            // Any number of query heads that the codebook's key heads divide.
+            let (h, n_key_heads) = (biases.content.nrows(), codebook.n_heads());
+            let h = if h > 0 && h.is_multiple_of(n_key_heads) { h } else { n_key_heads };
+            biases.check((h, n_key_heads), codebook.d_k(), self.window)?;
         }
         let table = Table::new(codebook.codewords());
         let columns = HeadColumns::all(&table, biases.as_ref().map(|biases| biases.relative));
@@ -77,11 +81,11 @@ impl VqAttention {
 }
 
 impl<T: Scalar> PreparedHeads<T> {
-    /// As [`VqAttention::push`]: the outputs of a piece of any size, `states` [B, H] move on. A codebook does not learn from what
+    /// As [`VqAttention::push`]: the outputs of a piece of any size, `states` [B, Hk] move on. A codebook does not learn from what
     /// it infers: the statistics in the output are empty.
     ///
     /// # Shapes
-    /// Queries, already scaled, and keys [B, H, T, K], values [B, H, T, V].
+    /// Queries, already scaled [B, H, T, K], keys [B, Hk, T, K], values [B, Hk, T, V].
     ///
     /// # Errors
     /// Shapes that do not fit, numbers that are not finite. The states are then as they were.
@@ -94,6 +98,10 @@ impl<T: Scalar> PreparedHeads<T> {
     ) -> Result<BatchOutput<T>, Error> {
         let inputs = BatchInputs::new(q, k, v);
         inputs.check_shapes(&self.attention, self.table.codewords.dim(), states)?;
+        if let Some((content, ..)) = &self.biases {
+            let (b, _, t, k) = inputs.q.dim();
+            check_shape("q", &[b, content.nrows(), t, k], inputs.q.shape())?;
+        }
         inputs.check_finite()?;
         let biases = self.biases.as_ref().map(|(content, position, relative)| BatchBiases {
             content: content.view(),
@@ -130,7 +138,7 @@ impl VqAttention {
     }
 }
 
-/// What the tokens of all sequences are multiplied with in one head.
+/// What the tokens of all sequences are multiplied with in one key head.
 #[derive(Debug)]
 pub(crate) struct HeadColumns<T> {
     /// c' [K, S].
@@ -140,7 +148,7 @@ pub(crate) struct HeadColumns<T> {
 }
 
 impl<T: Scalar> HeadColumns<T> {
-    /// Of every head; `relative` [H, M+1, K].
+    /// Of every key head; `relative` [Hk, M+1, K].
     pub fn all(table: &Table<T>, relative: Option<ArrayView3<'_, T>>) -> Arc<[Self]> {
         let head = |(h, packed): (usize, &PackedCodewords<T>)| HeadColumns {
             centred: PackedWeights::new(&[packed.centred.t()]),
@@ -150,13 +158,13 @@ impl<T: Scalar> HeadColumns<T> {
     }
 }
 
-/// The first step's results for one head.
+/// The first step's results for one key head; G query heads read it.
 struct HeadScores<T> {
-    /// q + u [B, K], then keys.
+    /// q + u [B G, K], then keys [B, K].
     rows: Array2<T>,
-    /// Scores of codes [B, S], then what became the codes.
+    /// Scores of codes [B G, S], then what became the codes.
     products: Array2<T>,
-    /// [B, M+1]
+    /// [B G, M+1]
     biases: Option<Array2<T>>,
     codes: Vec<u32>,
 }
@@ -170,36 +178,47 @@ fn push_token<T: Scalar>(
     output: &mut BatchOutput<T>,
 ) {
     fit_all(inputs, output);
-    let h = columns.len();
-    let scores: Vec<_> = (0..h).into_par_iter().map(|h| score(inputs, table, &columns[h], h)).collect();
-    let tasks: Vec<_> = parts(&mut output.out).into_iter().zip(states.iter_mut()).collect();
+    let (n_key_heads, group) = (columns.len(), inputs.group());
+    let score = |h: usize| score(inputs, table, &columns[h], h);
+    let scores: Vec<_> = (0..n_key_heads).into_par_iter().map(score).collect();
+    let mut outs = parts(&mut output.out).into_iter();
+    let tasks: Vec<_> =
+        states.iter_mut().map(|state| (state, outs.by_ref().take(group).collect::<Vec<_>>())).collect();
     let results: Vec<_> = tasks
         .into_par_iter()
         .enumerate()
-        .map(|(n, (mut out, state))| {
-            let (b, h) = (n / h, n % h);
+        .map(|(n, (state, outs))| {
+            let (b, h) = (n / n_key_heads, n % n_key_heads);
             let HeadScores { rows, products, biases, codes } = &scores[h];
-            let [q, content] = [rows, products].map(|array| array.row(b));
-            let biases = biases.as_ref().map(|biases| biases.row(b).to_slice().expect(CONTIGUOUS));
-            let token = Scored {
-                q,
-                content: content.to_slice().expect(CONTIGUOUS),
-                biases,
-                code: codes[b],
-                v: inputs.v.slice(s![b, h, 0, ..]),
+            let v = inputs.v.slice(s![b, h, 0, ..]);
+            let attend = |(member, mut out): (usize, ArrayViewMut2<'_, T>)| {
+                let [q, content] = [rows, products].map(|array| array.row(b * group + member));
+                let biases = biases.as_ref().map(|biases| biases.row(b * group + member));
+                let token = Scored {
+                    q,
+                    content: content.to_slice().expect(CONTIGUOUS),
+                    biases: biases.map(|biases| biases.to_slice().expect(CONTIGUOUS)),
+                    code: codes[b],
+                    v,
+                };
+                stream::attend(attention, &token, state, out.row_mut(0))
             };
-            let (lse, cached_mass) = stream::attend(attention, &token, state, out.row_mut(0));
+            let of_queries: Vec<_> = outs.into_par_iter().enumerate().map(attend).collect();
             let codewords = table.codewords.index_axis(Axis(0), h);
-            state.push(codes[b], codewords.row(codes[b] as usize), token.v);
+            state.push(codes[b], codewords.row(codes[b] as usize), v);
             let key = inputs.k.slice(s![b, h, .., ..]);
             let error = commitment::squared_error(key, ArrayView1::from(&codes[b..=b]), codewords, None);
-            (codes[b], lse, cached_mass, error)
+            (codes[b], of_queries, error)
         })
         .collect();
     let mut errors = 0.0;
-    for (n, (code, lse, cached_mass, error)) in results.into_iter().enumerate() {
-        let at = [n / h, n % h, 0];
-        (output.codes[at], output.lse[at], output.cached_mass[at]) = (code, lse, cached_mass);
+    for (n, (code, of_queries, error)) in results.into_iter().enumerate() {
+        let (b, h) = (n / n_key_heads, n % n_key_heads);
+        output.codes[[b, h, 0]] = code;
+        for (member, numbers) in of_queries.into_iter().enumerate() {
+            let at = [b, h * group + member, 0];
+            (output.lse[at], output.cached_mass[at]) = numbers;
+        }
         errors += error;
     }
     output.commit_loss = errors / inputs.counted().max(1) as f64;
@@ -207,35 +226,44 @@ fn push_token<T: Scalar>(
 
 const CONTIGUOUS: &str = "freshly made";
 
-/// The first step for head h.
+/// The first step for key head h.
 fn score<T: Scalar>(
     inputs: &BatchInputs<'_, T>,
     table: &Table<T>,
     columns: &HeadColumns<T>,
     h: usize,
 ) -> HeadScores<T> {
-    let [q, k] = [&inputs.q, &inputs.k].map(|array| array.slice(s![.., h, 0, ..])); // [B, K]
-    let b = q.nrows();
-    let mut rows = Array2::zeros((2 * b, q.ncols()));
-    rows.slice_mut(s![..b, ..]).assign(&q);
-    rows.slice_mut(s![b.., ..]).assign(&k);
+    let group = inputs.group();
+    let members = h * group..(h + 1) * group;
+    let q = inputs.q.slice(s![.., members.clone(), 0, ..]); // [B, G, K]
+    let k = inputs.k.slice(s![.., h, 0, ..]); // [B, K]
+    let (b, d_k) = k.dim();
+    let n_queries = b * group;
+    let mut rows = Array2::zeros((n_queries + b, d_k));
+    let all = q.rows().into_iter().chain(k.rows());
+    rows.rows_mut().into_iter().zip(all).for_each(|(mut row, x)| row.assign(&x));
     let mut q_position = None;
     if let Some(biases) = &inputs.biases {
-        let mut q_content = rows.slice_mut(s![..b, ..]);
-        q_content += &biases.content.row(h);
-        q_position = Some(&q + &biases.position.row(h));
+        let mut q_content = rows.slice_mut(s![..n_queries, ..]);
+        let mut q = q_content.to_owned();
+        for (n, (mut content, mut position)) in q_content.rows_mut().into_iter().zip(q.rows_mut()).enumerate()
+        {
+            content += &biases.content.row(members.start + n % group);
+            position += &biases.position.row(members.start + n % group);
+        }
+        q_position = Some(q);
     }
     let (mut products, biases) = rayon::join(
         || columns.centred.product(rows.view()),
         || columns.relative.as_ref().zip(q_position).map(|(relative, q)| relative.product(q.view())),
     );
     let packed = &table.packed[h];
-    for (mut content, q) in products.rows_mut().into_iter().zip(rows.rows()).take(b) {
+    for (mut content, q) in products.rows_mut().into_iter().zip(rows.rows()).take(n_queries) {
         content += packed.mean.dot(&q);
     }
     let of_key = |(key, products): (_, ArrayView1<'_, T>)| {
         packed.nearest(key, products.to_slice().expect(CONTIGUOUS)).0
     };
-    let codes = k.rows().into_iter().zip(products.rows().into_iter().skip(b)).map(of_key).collect();
+    let codes = k.rows().into_iter().zip(products.rows().into_iter().skip(n_queries)).map(of_key).collect();
     HeadScores { rows, products, biases, codes }
 }
