@@ -158,8 +158,10 @@ proptest! {
                     continue;
                 }
                 let got = (form.run)(&case.attention, &problem).unwrap();
+                // Gradients of documents of one or two tokens cancel, but for the rounding of their terms.
+                let bound = if problem.starts.is_some() { 5e-13 } else { 1e-13 };
                 for (error, place) in errors(&got, &expected) {
-                    prop_assert!(error <= 1e-13, "{}: {place} differs by {error:e}", form.name);
+                    prop_assert!(error <= bound, "{}: {place} differs by {error:e}", form.name);
                 }
             }
         }

@@ -1,5 +1,7 @@
 //! What queries see of all keys together: the codes that occur, how often, and the mean value of each.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 
 use crate::attention::CompressiveCache;
@@ -129,10 +131,9 @@ fn rows_of_codes(n_codes: usize, used: &[usize]) -> Vec<u32> {
 }
 
 /// The longest stretches of keys that exist.
-fn runs(len: usize, mask: Option<ArrayView1<'_, bool>>) -> Vec<std::ops::Range<usize>> {
-    let Some(mask) = mask else { return vec![0..len] };
-    let mut runs: Vec<std::ops::Range<usize>> = vec![];
-    for j in (0..len).filter(|&j| mask[j]) {
+fn runs(len: usize, mask: Option<ArrayView1<'_, bool>>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = vec![];
+    for j in (0..len).filter(|&j| mask.is_none_or(|mask| mask[j])) {
         match runs.last_mut() {
             Some(run) if run.end == j => run.end += 1,
             _ => runs.push(j..j + 1),

@@ -35,12 +35,17 @@ impl<'a, T> RowGradients<'a, T> {
     }
 }
 
-/// The gradients of the codewords and of the biases, and whether q, v and `d_out` are finite.
+/// The gradients of the codewords (without rows where none is read through the cache) and of the biases, and whether q, v and
+/// `d_out` are finite.
 pub(in crate::attention) type HeadGradients<T> = (Array2<T>, Option<BiasGradients<T>>, bool);
 
 /// Adds the gradients of other tokens.
-pub(in crate::attention) fn add_gradients<T: Scalar>(sums: &mut HeadGradients<T>, more: &HeadGradients<T>) {
-    sums.0 += &more.0;
+pub(in crate::attention) fn add_gradients<T: Scalar>(sums: &mut HeadGradients<T>, more: HeadGradients<T>) {
+    if sums.0.is_empty() {
+        sums.0 = more.0;
+    } else if !more.0.is_empty() {
+        sums.0 += &more.0;
+    }
     if let (Some(sums), Some(d)) = (&mut sums.1, &more.1) {
         sums.add(d);
     }
@@ -67,10 +72,14 @@ pub(in crate::attention) fn run_backward<T: Scalar>(
             let segments = segments.min(inputs.q.nrows() / SEGMENT);
             run_in_parts(attention, inputs, relative_t.as_ref(), saved, d_out, rows, (segments, threads))
         };
-    match documents::documents(inputs.starts) {
+    let (mut codewords, biases, finite) = match documents::documents(inputs.starts) {
         Some(documents) => documents::backward(&documents, inputs, saved, d_out, rows, run),
         None => run(inputs, saved, d_out, rows),
+    };
+    if codewords.is_empty() {
+        codewords = Array2::zeros(inputs.codewords.raw_dim());
     }
+    (codewords, biases, finite)
 }
 
 /// [`run_backward`] on one document, in segments of any length.
@@ -146,7 +155,7 @@ impl<T: Scalar> SegmentGradients<T> {
         SegmentGradients {
             k_hat_before: Array2::zeros((0, k)),
             v_before: Array2::zeros((0, v)),
-            codewords: Array2::zeros(inputs.codewords.raw_dim()),
+            codewords: Array2::zeros((if piece.reads_cache { n_codes } else { 0 }, k)),
             biases: inputs.biases.as_ref().map(|biases| BiasGradients {
                 content: Array1::zeros(k),
                 position: Array1::zeros(k),
