@@ -3,7 +3,7 @@
 //! A codebook's state is in two places, and in each once: what the optimizer moves is in the unit's parameters, the rest in a
 //! [`Learning`]. Together they give the codewords.
 //!
-//! How codewords begin, if at random: moving averages as published, N(0, 1 / (H S)). Otherwise every number of a codeword is from
+//! How codewords begin, if at random: moving averages as published, N(0, 1 / (Hk S)). Otherwise every number of a codeword is from
 //! N(0, K^(-1/2)), which is the size of a key's numbers (normalised keys times K^(-1/4)): by itself, or as a basis from
 //! N(0, 1/f) times a matrix from N(0, K^(-1/2)), without a bias.
 //!
@@ -20,7 +20,7 @@ use crate::{Error, Scalar};
 
 /// What no optimizer moves of one codebook, at its beginning.
 pub(super) fn begin(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Result<Learning<f32>, Error> {
-    let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, codebook_decay, .. }) = (config.key_heads(), config);
     let mut normal = |width: usize, deviation: f64| {
         let mut numbers = Array3::zeros((n_heads, n_codes, width));
         fill_normal(&mut numbers, deviation, rng);
@@ -80,7 +80,7 @@ impl<T: Scalar> Transformer<T> {
     /// configuration says.
     ///
     /// # Shapes
-    /// `keys` [B, H, T, K], one per unit.
+    /// `keys` [B, Hk, T, K], one per unit.
     ///
     /// # Errors
     /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as units. The codebooks are then as they
@@ -139,7 +139,8 @@ pub(super) fn check<T: Scalar>(
             return Err(Error::invalid("codebooks", expected, kind(learning)));
         }
         let (n_heads, n_codes, d_k) = learning.check(&layer.codebook)?;
-        check_shape("codebooks", &[config.n_heads, config.n_codes, config.d_k], &[n_heads, n_codes, d_k])?;
+        let expected = [config.key_heads(), config.n_codes, config.d_k];
+        check_shape("codebooks", &expected, &[n_heads, n_codes, d_k])?;
     }
     Ok(())
 }

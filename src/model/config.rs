@@ -7,7 +7,7 @@ use crate::attention::VqAttention;
 use crate::codebook::{Estimator, Smoothing};
 use crate::error::checked_len;
 
-/// A Transformer-VQ language model: a stack of gated units with linear-time attention.
+/// A Transformer-VQ language model: a stack of units with linear-time attention, gated if nothing else is said.
 ///
 /// ```
 /// use transformer_vq::model::ModelConfig;
@@ -25,14 +25,24 @@ pub struct ModelConfig {
     pub d_model: usize,
     /// Units. The paper counts two of them as one layer.
     pub n_layers: usize,
-    /// H, per unit.
+    /// H, query heads per unit.
     pub n_heads: usize,
+    /// Hk, heads of keys and values, each with a codebook, for H / Hk query heads (grouped queries; 1: multi-query). It divides
+    /// `n_heads`. None: as many as query heads.
+    #[serde(default)]
+    pub n_key_heads: Option<usize>,
     /// K, width of a key per head.
     pub d_k: usize,
     /// V, width of a value per head.
     pub d_v: usize,
-    /// S, codewords per head.
+    /// S, codewords per key head.
     pub n_codes: usize,
+    /// Whether attention's output is gated. Without a gate, values have no activation either.
+    #[serde(default = "on")]
+    pub gate: bool,
+    /// A second branch in every unit, token by token.
+    #[serde(default)]
+    pub feed_forward: Option<FeedForward>,
     /// Block length, window, and how far values and gradients reach.
     pub attention: VqAttention,
     /// Whether the table of embeddings, transposed, is the output matrix too.
@@ -61,6 +71,32 @@ pub struct ModelConfig {
     /// New starts for codes that hardly any key takes, if codebooks learn by moving averages.
     #[serde(default)]
     pub revival: Option<Revival>,
+}
+
+/// What older configurations mean, which do not say.
+fn on() -> bool {
+    true
+}
+
+/// A feed-forward branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FeedForward {
+    /// Its activation.
+    pub kind: FeedForwardKind,
+    /// Its width on the way; SwiGLU has two matrices of this width at its input.
+    pub width: usize,
+}
+
+/// The activation of a feed-forward branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForwardKind {
+    /// `(x Win) * SiLU(x Wg)`.
+    #[serde(rename = "swiglu")]
+    SwiGlu,
+    /// `gelu(x Win)`, see [`gelu`](crate::ops::gelu).
+    Gelu,
 }
 
 /// What the codewords of a model begin as: see [`start`](crate::codebook::start).
@@ -150,9 +186,12 @@ impl Default for ModelConfig {
             d_model: 192,
             n_layers: 4,
             n_heads: 1,
+            n_key_heads: None,
             d_k: 64,
             d_v: 384,
             n_codes: 128,
+            gate: true,
+            feed_forward: None,
             attention: VqAttention { block_len: 64, window: 64, ..VqAttention::default() },
             tied_embedding: false,
             absolute_positions: false,
@@ -184,13 +223,22 @@ impl ModelConfig {
             ("d_v", self.d_v),
             ("n_codes", self.n_codes),
         ];
-        for (what, size) in positive {
+        let optional = [
+            ("n_key_heads", self.n_key_heads),
+            ("feed_forward.width", self.feed_forward.map(|feed_forward| feed_forward.width)),
+        ];
+        let optional = optional.into_iter().filter_map(|(what, size)| Some((what, size?)));
+        for (what, size) in positive.into_iter().chain(optional) {
             if size == 0 || size > u32::MAX as usize {
                 return Err(Error::invalid(what, "between 1 and 2^32 - 1", size));
             }
         }
         if self.d_model % 2 == 1 {
             return Err(Error::invalid("d_model", "even (half sines, half cosines)", self.d_model));
+        }
+        if !self.n_heads.is_multiple_of(self.key_heads()) {
+            let expected = format!("a divisor of n_heads = {}", self.n_heads);
+            return Err(Error::invalid("n_key_heads", expected, self.key_heads()));
         }
         self.attention.validate()?;
         if !self.logit_scale.is_finite() {
@@ -242,6 +290,8 @@ impl ModelConfig {
             checked_len("codebook weights", &[self.n_layers, self.n_heads, self.d_k, d_basis])?;
         }
         let widest = self.d_k.max(self.d_v);
+        let width = self.feed_forward.map_or(0, |feed_forward| feed_forward.width);
+        checked_len("feed_forward", &[self.n_layers, self.d_model, width])?;
         checked_len("embedding", &[self.vocab_size, self.d_model])?;
         checked_len("projections", &[self.n_layers, self.d_model, self.n_heads, widest])?;
         checked_len("codebooks", &[self.n_layers, self.n_heads, self.n_codes, widest])?;
@@ -249,33 +299,9 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Numbers that the optimizer moves in such a model: without codebooks that learn otherwise.
-    pub fn n_parameters(&self) -> u128 {
-        // Sizes of an invalid configuration may have no product: the sum is then as large as can be.
-        let size =
-            |sizes: &[usize]| sizes.iter().fold(1u128, |product, &n| product.saturating_mul(n as u128));
-        let (d, h, n, vocab) = (self.d_model, self.n_heads, self.n_layers, self.vocab_size);
-        let parts = [
-            size(&[vocab, d]),
-            u128::from(self.absolute_positions),
-            size(&[n, 2, d]),
-            size(&[n, 3, d, h, self.d_k]),
-            size(&[n, 3, d, h, self.d_v]),
-            size(&[n, 2, h, self.d_k]),
-            if self.final_norm { size(&[2, d]) } else { 0 },
-            if self.tied_embedding { 0 } else { size(&[d, vocab]) },
-            size(&[vocab]),
-            match self.learning {
-                LearningConfig::Ema { .. } | LearningConfig::Frozen => 0,
-                LearningConfig::Gradient(_) => size(&[n, h, self.n_codes, self.d_k]),
-                LearningConfig::Linear { d_basis, learned_basis, bias, .. } => {
-                    let basis = if learned_basis { size(&[n, h, self.n_codes, d_basis]) } else { 0 };
-                    let bias = if bias { size(&[n, h, self.d_k]) } else { 0 };
-                    size(&[n, h, self.d_k, d_basis]).saturating_add(basis).saturating_add(bias)
-                }
-            },
-        ];
-        parts.into_iter().fold(0, u128::saturating_add)
+    /// Hk: heads of keys and values.
+    pub fn key_heads(&self) -> usize {
+        self.n_key_heads.unwrap_or(self.n_heads)
     }
 
     /// K^(-1/4): the factor on queries, keys and relative biases.

@@ -16,15 +16,20 @@ mod loss;
 mod parameters;
 mod prepared;
 pub mod published;
+mod sizes;
 mod state;
 mod tensor_file;
 mod transformer;
 
 pub use atomic_file::write_atomically;
-pub use config::{CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival};
+pub use config::{
+    CodebookStart, CodewordGradient, FeedForward, FeedForwardKind, LearningConfig, ModelConfig, Revival,
+};
 pub use layer::{LayerReport, PieceReport};
 pub use loss::LossAndGradients;
-pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};
+pub use parameters::{
+    FeedForwardParameters, LayerParameters, NormParameters, Parameter, ParameterMut, Parameters,
+};
 pub use prepared::Prepared;
 pub use state::ModelState;
 pub use tensor_file::{Tensor, TensorFile};

@@ -7,15 +7,15 @@ use crate::attention::AttentionState;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
-/// The attention states of all units and heads for a batch of sequences: constant in length.
+/// The attention states of all units and key heads for a batch of sequences: constant in length.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelState<T> {
-    /// One [B, H] per unit.
+    /// One [B, Hk] per unit.
     pub(crate) layers: Vec<Array2<AttentionState<T>>>,
 }
 
 impl<T: Scalar> ModelState<T> {
-    /// A state from its parts: one [B, H] per unit.
+    /// A state from its parts: one [B, Hk] per unit.
     ///
     /// # Errors
     /// [`Error::Empty`] without units or states, [`Error::Invalid`] if they are not at one position.
@@ -29,7 +29,7 @@ impl<T: Scalar> ModelState<T> {
         }
     }
 
-    /// One [B, H] per unit.
+    /// One [B, Hk] per unit.
     pub fn layers(&self) -> &[Array2<AttentionState<T>>] {
         &self.layers
     }
@@ -54,7 +54,7 @@ impl<T: Scalar> ModelState<T> {
     pub(super) fn check(&self, config: &ModelConfig, batch: usize) -> Result<(), Error> {
         check_shape("state", &[config.n_layers], &[self.layers.len()])?;
         for states in &self.layers {
-            check_shape("state", &[batch, config.n_heads], states.shape())?;
+            check_shape("state", &[batch, config.key_heads()], states.shape())?;
             for state in states {
                 state.check(config.n_codes, config.d_k, config.d_v, config.attention.window)?;
             }

@@ -271,7 +271,7 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`]. Then no codebook has moved.
     pub fn update_codebooks(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
-        let ModelConfig { n_heads, n_codes, d_k, .. } = self.config;
+        let (n_heads, &ModelConfig { n_codes, d_k, .. }) = (self.config.key_heads(), &self.config);
         check_shape("stats", &[self.learning.len()], &[stats.len()])?;
         // All or none.
         let mut updated = self.learning.clone();

@@ -5,11 +5,11 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `adamw.m.<parameter>`, `adamw.v.<parameter>` | as the parameter | the optimizer's moments |
-//! | `state.<unit>.position` | [B, H] | tokens seen |
-//! | `state.<unit>.mean`, `.residual` | [B, H, S, V] | compressive cache |
-//! | `state.<unit>.count` | [B, H, S] | |
-//! | `state.<unit>.codes` | [B, H, M] | window, oldest first, zeros where no token has been yet |
-//! | `state.<unit>.k_hat`, `.v` | [B, H, M, K], [B, H, M, V] | |
+//! | `state.<unit>.position` | [B, Hk] | tokens seen |
+//! | `state.<unit>.mean`, `.residual` | [B, Hk, S, V] | compressive cache |
+//! | `state.<unit>.count` | [B, Hk, S] | |
+//! | `state.<unit>.codes` | [B, Hk, M] | window, oldest first, zeros where no token has been yet |
+//! | `state.<unit>.k_hat`, `.v` | [B, Hk, M, K], [B, Hk, M, V] | |
 //!
 //! Random streams are functions of a seed and a position (see [`Batches`](super::Batches)), so [`Progress`] holds them.
 
@@ -265,7 +265,7 @@ fn read_states<T: Scalar>(
     unit: usize,
     file: &TensorFile,
 ) -> Result<Array2<AttentionState<T>>, Error> {
-    let ModelConfig { n_heads, n_codes, d_k, d_v, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, d_v, .. }) = (config.key_heads(), config);
     let window = config.attention.window;
     let wrong = |problem: String| file_error(file.path().into(), format!("state.{unit}: {problem}"));
     let name = |part: &str| format!("state.{unit}.{part}");
