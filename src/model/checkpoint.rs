@@ -78,7 +78,7 @@ pub(crate) fn write<'a, T: Scalar>(
     training: Option<serde_json::Value>,
 ) -> Result<(), Error> {
     let mut tensors = named("model", model.parameters())?;
-    for (i, learning) in model.learning().iter().enumerate() {
+    for (i, learning) in model.config().codebook_units().zip(model.learning()) {
         match learning {
             Learning::Ema(ema) => {
                 tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
@@ -192,7 +192,7 @@ pub(crate) fn file_error(path: PathBuf, problem: String) -> Error {
 /// The model of an open checkpoint.
 pub(crate) fn read_model<T: Scalar>(config: ModelConfig, file: &TensorFile) -> Result<Transformer<T>, Error> {
     let parameters = read_parameters("model", &config, file)?;
-    let learning = (0..config.n_layers).map(|i| read_learning(&config, i, file));
+    let learning = config.codebook_units().map(|i| read_learning(&config, i, file));
     let learning = learning.collect::<Result<_, Error>>()?;
     let model = Transformer::from_parts(config, parameters, learning);
     model.map_err(|e| file_error(file.path().into(), e.to_string()))

@@ -62,28 +62,35 @@ impl<T: Scalar> Transformer<T> {
         let mut state = self.new_state(tokens.nrows())?;
         self.check(tokens, &state)?;
         let mut x = self.embed(tokens, 0)?;
+        let distances = self.distances()?;
+        let mut codebooks = 0;
         for (i, states) in state.layers.iter_mut().enumerate() {
-            let keys = started.with_layer(i, |layer| layer.keys(&x, tokens.nrows()))?;
-            let seed = seed.wrapping_add(i as u64);
-            let codewords = start::k_means(keys.view(), self.config().n_codes, None, steps, seed)?;
-            started.set_codewords(i, codewords)?;
-            x = started.with_layer(i, |layer| layer.push(x, states))?.0;
+            if self.config().unit(i).has_codebook() {
+                let prepared = started.prepare_layer(i, distances.view())?;
+                let keys = started.layer(i, &prepared).keys(&x, tokens.nrows())?;
+                let seed = seed.wrapping_add(i as u64);
+                let codewords = start::k_means(keys.view(), self.config().n_codes, None, steps, seed)?;
+                started.set_codewords(i, codebooks, codewords)?;
+                codebooks += 1;
+            }
+            let prepared = started.prepare_layer(i, distances.view())?;
+            x = started.layer(i, &prepared).push(x, states)?.0;
         }
         *self = started;
         Ok(())
     }
 
-    /// Gives idle codes of every unit a new start at keys of this step, those of its
-    /// [`LayerReport`](super::LayerReport); how many of each unit.
+    /// Gives idle codes of every codebook a new start at keys of this step, those of its unit's
+    /// [`LayerReport`](super::LayerReport); how many of each.
     ///
     /// To be called after [`update_codebooks`](Self::update_codebooks). [`Trainer`](crate::train::Trainer) does this as the
     /// configuration says.
     ///
     /// # Shapes
-    /// `keys` [B, Hk, T, K], one per unit.
+    /// `keys` [B, Hk, T, K], one per unit that has a codebook.
     ///
     /// # Errors
-    /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as units. The codebooks are then as they
+    /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as codebooks. The codebooks are then as they
     /// were.
     pub fn revive_codebooks(
         &mut self,
@@ -91,8 +98,8 @@ impl<T: Scalar> Transformer<T> {
         ratio: f64,
         seed: u64,
     ) -> Result<Vec<usize>, Error> {
-        check_shape("keys", &[self.config().n_layers], &[keys.len()])?;
         let mut codebooks = self.codebooks();
+        check_shape("keys", &[codebooks.len()], &[keys.len()])?;
         let revive = |(i, (codebook, keys)): (u64, (&mut Codebook<T>, &Array4<T>))| {
             codebook.revive(keys.view(), None, ratio, seed.wrapping_add(i))
         };
@@ -101,9 +108,9 @@ impl<T: Scalar> Transformer<T> {
         Ok(revived)
     }
 
-    /// Writes the codewords of one unit.
-    fn set_codewords(&mut self, unit: usize, codewords: Array3<T>) -> Result<(), Error> {
-        match &mut self.learning[unit] {
+    /// Writes the codewords of one unit, whose codebook is the n-th.
+    fn set_codewords(&mut self, unit: usize, n: usize, codewords: Array3<T>) -> Result<(), Error> {
+        match &mut self.learning[n] {
             Learning::Ema(ema) => {
                 *ema = Ema::from_codewords(codewords, ema.decay())?.with_smoothing(ema.smoothing())?;
             }
@@ -117,14 +124,15 @@ impl<T: Scalar> Transformer<T> {
     }
 }
 
-/// Checks that these codebooks, one per unit, are those of the configuration.
+/// Checks that these codebooks, one per unit that has one, are those of the configuration.
 pub(super) fn check<T: Scalar>(
     config: &ModelConfig,
     parameters: &Parameters<T>,
     learning: &[Learning<T>],
 ) -> Result<(), Error> {
-    check_shape("codebooks", &[config.n_layers], &[learning.len()])?;
-    for (layer, learning) in parameters.layers.iter().zip(learning) {
+    check_shape("codebooks", &[config.codebook_units().count()], &[learning.len()])?;
+    for (unit, learning) in config.codebook_units().zip(learning) {
+        let layer = &parameters.layers[unit];
         let fits = match (&config.learning, learning) {
             (LearningConfig::Ema { smoothing }, Learning::Ema(ema)) => ema.smoothing() == *smoothing,
             (LearningConfig::Gradient(_), Learning::Gradient) => true,

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{CodebookStart, Dropout, LearningConfig, Revival};
 use crate::Error;
 use crate::attention::VqAttention;
-use crate::codebook::{Estimator, Smoothing};
+use crate::codebook::Estimator;
 use crate::error::checked_len;
 
 /// A Transformer-VQ language model: a stack of units with linear-time attention, gated if nothing else is said.
@@ -43,6 +44,12 @@ pub struct ModelConfig {
     /// A second branch in every unit, token by token.
     #[serde(default)]
     pub feed_forward: Option<FeedForward>,
+    /// What the attention of the units is: of the first, the second and so on, and over again. Empty: [`UnitKind::Vq`].
+    #[serde(default)]
+    pub units: Vec<UnitKind>,
+    /// What is dropped in training.
+    #[serde(default)]
+    pub dropout: Dropout,
     /// Block length, window, and how far values and gradients reach.
     pub attention: VqAttention,
     /// Whether the table of embeddings, transposed, is the output matrix too.
@@ -99,82 +106,25 @@ pub enum FeedForwardKind {
     Gelu,
 }
 
-/// What the codewords of a model begin as: see [`start`](crate::codebook::start).
+/// What the attention of a unit is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum CodebookStart {
-    /// Random numbers: for moving averages as published, otherwise about as large as keys.
+#[serde(rename_all = "snake_case")]
+pub enum UnitKind {
+    /// Over quantized keys, all of them: the window exactly, older ones through the compressive cache. Linear time, constant
+    /// state.
     #[default]
-    Random,
-    /// As `Random`; the first step of training then replaces them by the centres of its batch's keys, found by k-means++. Not
-    /// for codewords that are a basis times a matrix.
-    KMeans {
-        /// Steps of Lloyd, at most.
-        steps: usize,
-    },
+    Vq,
+    /// Over quantized keys of the window alone.
+    Window,
+    /// Over all keys as they are, without a codebook ([`quadratic`](crate::attention::quadratic)), with relative biases in the
+    /// window. Quadratic time, and a state that grows with the sequence.
+    Quadratic,
 }
 
-/// When training gives codes a new start: see [`revive`](crate::codebook::revive).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Revival {
-    /// A code is idle if it is used less than this times as often as the average code of its head; from 0 to below 1.
-    pub ratio: f64,
-    /// Steps of training from one look to the next.
-    pub every: u64,
-}
-
-/// How the codebooks of a model learn: see [`Learning`](crate::codebook::Learning).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum LearningConfig {
-    /// Moving averages of keys, by `codebook_decay`.
-    Ema {
-        /// How counts become divisors.
-        smoothing: Smoothing,
-    },
-    /// Codewords are parameters.
-    Gradient(CodewordGradient),
-    /// Codewords are a basis times a matrix (SimVQ).
-    Linear {
-        /// f, width of the basis.
-        d_basis: usize,
-        /// Whether the basis learns as well.
-        learned_basis: bool,
-        /// Whether a bias is added.
-        bias: bool,
-        /// What moves the codewords.
-        gradient: CodewordGradient,
-    },
-    /// Codewords stay as they began.
-    Frozen,
-}
-
-/// What moves codewords that learn by gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CodewordGradient {
-    /// Weight of the codebook loss in the total.
-    pub codebook_weight: f64,
-    /// Whether attention's own gradient moves the codewords too: as what queries are compared with, not only as what stands
-    /// near the keys.
-    pub from_attention: bool,
-}
-
-impl Default for LearningConfig {
-    /// The paper's, which older checkpoints were written with.
-    fn default() -> Self {
-        LearningConfig::Ema { smoothing: Smoothing::CountClamp }
-    }
-}
-
-impl LearningConfig {
-    /// What moves the codewords, if they learn by gradient.
-    pub(super) fn gradient(&self) -> Option<CodewordGradient> {
-        match self {
-            LearningConfig::Gradient(gradient) | LearningConfig::Linear { gradient, .. } => Some(*gradient),
-            LearningConfig::Ema { .. } | LearningConfig::Frozen => None,
-        }
+impl UnitKind {
+    /// Whether its keys are quantized.
+    pub fn has_codebook(self) -> bool {
+        self != UnitKind::Quadratic
     }
 }
 
@@ -192,6 +142,8 @@ impl Default for ModelConfig {
             n_codes: 128,
             gate: true,
             feed_forward: None,
+            units: vec![],
+            dropout: Dropout::default(),
             attention: VqAttention { block_len: 64, window: 64, ..VqAttention::default() },
             tied_embedding: false,
             absolute_positions: false,
@@ -240,6 +192,10 @@ impl ModelConfig {
             let expected = format!("a divisor of n_heads = {}", self.n_heads);
             return Err(Error::invalid("n_key_heads", expected, self.key_heads()));
         }
+        if self.units.len() > self.n_layers {
+            let expected = format!("at most n_layers = {} kinds", self.n_layers);
+            return Err(Error::invalid("units", expected, self.units.len()));
+        }
         self.attention.validate()?;
         if !self.logit_scale.is_finite() {
             return Err(Error::invalid("logit_scale", "finite", self.logit_scale));
@@ -254,34 +210,8 @@ impl ModelConfig {
             return Err(Error::invalid("codebook_decay", "between 0 and 1", self.codebook_decay));
         }
         self.estimator.validate()?;
-        if let LearningConfig::Ema { smoothing } = self.learning {
-            smoothing.validate()?;
-        }
-        if let Some(Revival { ratio, every }) = self.revival {
-            if !matches!(self.learning, LearningConfig::Ema { .. }) {
-                let got = format!("learning by {:?}", self.learning);
-                return Err(Error::invalid(
-                    "revival",
-                    "none, unless codebooks learn by moving averages",
-                    got,
-                ));
-            }
-            if !(0.0..1.0).contains(&ratio) {
-                return Err(Error::invalid("revival.ratio", "0 or more, and below 1", ratio));
-            }
-            if every == 0 {
-                return Err(Error::invalid("revival.every", "at least 1", every));
-            }
-        }
-        if let (CodebookStart::KMeans { .. }, LearningConfig::Linear { .. }) = (self.start, &self.learning) {
-            let expected = "random, for codewords that are a basis times a matrix";
-            return Err(Error::invalid("start", expected, "k-means"));
-        }
-        if let Some(CodewordGradient { codebook_weight, .. }) = self.learning.gradient()
-            && !(codebook_weight.is_finite() && codebook_weight >= 0.0)
-        {
-            return Err(Error::invalid("codebook_weight", "finite and not negative", codebook_weight));
-        }
+        self.validate_learning()?;
+        self.dropout.validate()?;
         if let LearningConfig::Linear { d_basis, .. } = self.learning {
             if d_basis == 0 || d_basis > u32::MAX as usize {
                 return Err(Error::invalid("d_basis", "between 1 and 2^32 - 1", d_basis));
@@ -297,6 +227,16 @@ impl ModelConfig {
         checked_len("codebooks", &[self.n_layers, self.n_heads, self.n_codes, widest])?;
         checked_len("windows", &[self.n_layers, self.n_heads, self.attention.window + 1, widest])?;
         Ok(())
+    }
+
+    /// What the attention of a unit is.
+    pub fn unit(&self, unit: usize) -> UnitKind {
+        unit.checked_rem(self.units.len()).map_or(UnitKind::Vq, |i| self.units[i])
+    }
+
+    /// The units that have a codebook.
+    pub fn codebook_units(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.n_layers).filter(|&unit| self.unit(unit).has_codebook())
     }
 
     /// Hk: heads of keys and values.

@@ -163,7 +163,7 @@ impl<T: Scalar> Parameters<T> {
             w_gate: (kind == FeedForwardKind::SwiGlu).then(|| Array2::zeros((d_model, width))),
             w_out: Array2::zeros((width, d_model)),
         };
-        let layer = || LayerParameters {
+        let layer = |unit: usize| LayerParameters {
             norm: norm(),
             w_q: Array2::zeros((d_model, n_heads * d_k)),
             w_k: Array2::zeros((d_model, key_heads * d_k)),
@@ -173,13 +173,17 @@ impl<T: Scalar> Parameters<T> {
             w_out: Array2::zeros((n_heads * d_v, d_model)),
             content_bias: Array2::zeros((n_heads, d_k)),
             position_bias: Array2::zeros((n_heads, d_k)),
-            codebook: zero_codebook(config),
+            codebook: if config.unit(unit).has_codebook() {
+                zero_codebook(config)
+            } else {
+                CodebookParameters::default()
+            },
             feed_forward: config.feed_forward.map(feed_forward),
         };
         Parameters {
             embedding: Array2::zeros((vocab_size, d_model)),
             position_scale: config.absolute_positions.then(|| Array1::zeros(1)),
-            layers: (0..n_layers).map(|_| layer()).collect(),
+            layers: (0..n_layers).map(layer).collect(),
             final_norm: config.final_norm.then(norm),
             output: (!config.tied_embedding).then(|| Array2::zeros((d_model, vocab_size))),
             output_bias: Array1::zeros(vocab_size),

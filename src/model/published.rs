@@ -20,7 +20,7 @@ use ndarray::{Array, ArrayD, Axis, Dimension, concatenate, s};
 use serde::Deserialize;
 
 use super::parameters::{LayerParameters, NormParameters, Parameters};
-use super::{CodebookStart, LearningConfig, ModelConfig, Transformer};
+use super::{CodebookStart, Dropout, LearningConfig, ModelConfig, Transformer, UnitKind};
 use crate::attention::VqAttention;
 use crate::codebook::{Ema, Estimator, Learning};
 use crate::error::check_shape;
@@ -76,6 +76,8 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
         n_codes: published.n_code,
         gate: true,
         feed_forward: None,
+        units: vec![],
+        dropout: Dropout::default(),
         attention: VqAttention {
             block_len: published.block_len,
             window: published.mem_len,
@@ -117,7 +119,8 @@ pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error
 /// Checks that units are built, and codebooks learn, as the published ones do.
 fn check_published(config: &ModelConfig) -> Result<(), Error> {
     let ModelConfig { n_heads, gate, feed_forward, .. } = *config;
-    if config.key_heads() != n_heads || !gate || feed_forward.is_some() {
+    let of_one_kind = (0..config.n_layers).all(|unit| config.unit(unit) == UnitKind::Vq);
+    if config.key_heads() != n_heads || !gate || feed_forward.is_some() || !of_one_kind {
         let expected = "gated, with as many key heads as query heads and no feed-forward branch: other units have no \
                         published names";
         let got = format!("{} of {n_heads} key heads, gate {gate}, {feed_forward:?}", config.key_heads());

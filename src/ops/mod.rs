@@ -11,6 +11,7 @@
 //! order, so that the result has the same bits for any number of threads; few rows stay on the calling thread.
 
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
 pub mod gelu;
 pub mod linear;

@@ -9,7 +9,8 @@ use transformer_vq::attention::VqAttention;
 use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
 use transformer_vq::model::{
-    CodewordGradient, FeedForward, FeedForwardKind, LearningConfig, ModelConfig, Transformer,
+    CodewordGradient, Dropout, DropoutSeed, FeedForward, FeedForwardKind, LearningConfig, ModelConfig,
+    Transformer, UnitKind,
 };
 
 use super::Check;
@@ -75,6 +76,24 @@ pub fn checks() -> Vec<Check> {
             let learning = LearningConfig::Gradient(by_gradient(true));
             error(&ModelConfig { learning, ..grouped(4, 2) }, true)
         }),
+        check("model: exact attention, masked", || {
+            error(&ModelConfig { units: vec![UnitKind::Quadratic], ..grouped(2, 1) }, true)
+        }),
+        check("model: VQ, exact, window only", || {
+            let units = vec![UnitKind::Vq, UnitKind::Quadratic, UnitKind::Window];
+            let learning = LearningConfig::Gradient(by_gradient(true));
+            error(&ModelConfig { units, learning, n_layers: 3, d_v: 3, ..small() }, false)
+        }),
+        check("model: dropout of everything", || {
+            let dropout = Dropout { embedding: 0.2, residual: 0.3, sinusoid: 0.25, layer: 0.3 };
+            let feed_forward = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 3 });
+            error(&ModelConfig { dropout, feed_forward, n_layers: 3, d_v: 3, ..small() }, true)
+        }),
+        check("model: dropout, exact, absolute positions", || {
+            let dropout = Dropout { embedding: 0.2, residual: 0.3, sinusoid: 0.25, layer: 0.0 };
+            let units = vec![UnitKind::Quadratic, UnitKind::Vq];
+            error(&ModelConfig { dropout, units, absolute_positions: true, d_v: 3, ..small() }, false)
+        }),
         check("model: grouped, blocks constant, SimVQ", || {
             let attention = VqAttention { gradient_through_cache: false, ..small().attention };
             let learning = linear(true, true, true).learning;
@@ -134,9 +153,12 @@ fn error(config: &ModelConfig, masked: bool) -> f64 {
     let mut state = model.new_state(BATCH).unwrap();
     model.push(before.view(), &mut state).unwrap();
 
-    let surrogate = Surrogate::new(&model, &state, &piece, &targets, mask.as_ref());
+    let seed = DropoutSeed { seed: 3, step: 7, sequence: 5 };
+    let surrogate = Surrogate::new(&model, &state, &piece, &targets, mask.as_ref(), seed);
     let mask = mask.as_ref().map(|mask| mask.view());
-    let got = model.loss_and_gradients(piece.view(), targets.view(), mask, &mut state).unwrap();
+    let got = model
+        .loss_and_gradients_dropping(piece.view(), targets.view(), mask, &mut state, Some(seed))
+        .unwrap();
     let mut worst: f64 = (surrogate.total(model.parameters()) / got.total - 1.0).abs();
     for (i, gradient) in got.gradients.views().into_iter().enumerate() {
         let mut moved = model.parameters().clone();

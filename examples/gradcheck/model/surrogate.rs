@@ -3,23 +3,27 @@
 use std::ops::Range;
 
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, s};
-use transformer_vq::attention::{AttentionState, Biases, Inputs, naive};
+use transformer_vq::attention::quadratic::KeyValues;
+use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, naive};
 use transformer_vq::codebook::{Codebook, Estimator, Learning, assign_naive};
 use transformer_vq::model::{
-    CodewordGradient, LayerParameters, LearningConfig, ModelConfig, ModelState, Parameters, Transformer,
+    CodewordGradient, DropoutSeed, LayerParameters, LearningConfig, ModelConfig, ModelState, Parameters,
+    Transformer, UnitKind,
 };
 use transformer_vq::ops::{cross_entropy, positions};
 
-use super::formulas::{feed_forward, jacobian, length, normalize, rms, silu};
+use super::formulas::{drops, feed_forward, jacobian, length, normalize, rms, silu};
 
 /// Everything that stays as it is while parameters are moved.
 pub struct Surrogate<'a> {
     config: &'a ModelConfig,
-    learning: &'a [Learning<f64>],
+    /// None in units without a codebook, whose codewords are one of zeros.
+    learning: Vec<Option<&'a Learning<f64>>>,
     codewords: Vec<Array3<f64>>,
     piece: &'a Array2<u32>,
     targets: &'a Array2<u32>,
     mask: Option<&'a Array2<bool>>,
+    seed: DropoutSeed,
     start: u64,
     /// By unit, sequence and head.
     frozen: Vec<Frozen>,
@@ -31,6 +35,8 @@ struct Frozen {
     keys: Array2<f64>,
     /// Stretches over which gradients flow, each with the state before it.
     stretches: Vec<(Range<usize>, AttentionState<f64>)>,
+    /// Keys and values before the piece, where attention is exact.
+    past: Option<KeyValues<f64>>,
 }
 
 /// The arrays of one head of one sequence.
@@ -55,23 +61,37 @@ impl<'a> Surrogate<'a> {
         piece: &'a Array2<u32>,
         targets: &'a Array2<u32>,
         mask: Option<&'a Array2<bool>>,
+        seed: DropoutSeed,
     ) -> Self {
-        let codewords = model.codebooks().iter().map(|codebook| codebook.codewords()).collect();
         let (config, start) = (model.config(), state.position());
-        let learning = model.learning();
+        let (mut learning, mut codewords) = (vec![None; config.n_layers], vec![]);
+        codewords.resize(config.n_layers, Array3::zeros((config.key_heads(), 1, config.d_k)));
+        for (unit, (one, codebook)) in
+            config.codebook_units().zip(model.learning().iter().zip(model.codebooks()))
+        {
+            (learning[unit], codewords[unit]) = (Some(one), codebook.codewords());
+        }
+        let frozen = vec![];
         let mut surrogate =
-            Surrogate { config, learning, codewords, piece, targets, mask, start, frozen: vec![] };
+            Surrogate { config, learning, codewords, piece, targets, mask, seed, start, frozen };
         // The unmoved model, which freezes unit by unit.
         let mut frozen = vec![];
         surrogate.run(model.parameters(), &mut |surrogate, unit, b, h, head| {
             let key_head = h / surrogate.group();
+            if let Some(states) = state.layers()[unit].quadratic() {
+                let past = states[[b, key_head]].clone();
+                let out = exactly(head, &past);
+                let (codes, keys) = (Array1::zeros(0), head.k.clone());
+                frozen.push(Frozen { codes, keys, stretches: vec![], past: Some(past) });
+                return out;
+            }
             let codewords = surrogate.codewords[unit].index_axis(Axis(0), key_head);
             let codes = assign_naive(head.k.view(), codewords).unwrap();
             let t = codes.len();
             let through = surrogate.config.attention.gradient_through_cache;
             let len = if through { t } else { surrogate.config.attention.block_len };
-            let mut state = state.layers()[unit][[b, key_head]].clone();
-            let mut one = Frozen { codes, keys: head.k.clone(), stretches: vec![] };
+            let mut state = state.layers()[unit].quantized().unwrap()[[b, key_head]].clone();
+            let mut one = Frozen { codes, keys: head.k.clone(), stretches: vec![], past: None };
             let mut out = Array2::zeros(head.v.raw_dim());
             for from in (0..t).step_by(len) {
                 let tokens = from..t.min(from + len);
@@ -98,6 +118,9 @@ impl<'a> Surrogate<'a> {
         let (b, n_heads) = (self.piece.nrows(), self.config.n_heads);
         self.run(parameters, &mut |surrogate, unit, sequence, h, head| {
             let frozen = &surrogate.frozen[(unit * b + sequence) * n_heads + h];
+            if let Some(past) = &frozen.past {
+                return exactly(head, past);
+            }
             let mut out = Array2::zeros(head.v.raw_dim());
             for (tokens, state) in &frozen.stretches {
                 let (o, _) = surrogate.attend(frozen, unit, h, head, tokens.clone(), state);
@@ -144,8 +167,9 @@ impl<'a> Surrogate<'a> {
                 relative: head.relative.view(),
             }),
         };
-        let (output, state) =
-            naive::forward(&self.config.attention, &inputs, k_hat.slice(rows), state).unwrap();
+        let cache = self.config.attention.cache && self.config.unit(unit) != UnitKind::Window;
+        let attention = VqAttention { cache, ..self.config.attention };
+        let (output, state) = naive::forward(&attention, &inputs, k_hat.slice(rows), state).unwrap();
         (output.out, state)
     }
 
@@ -160,12 +184,14 @@ impl<'a> Surrogate<'a> {
         let counts = |sequence: usize, i: usize| self.mask.is_none_or(|mask| mask[[sequence, i]]);
         let counted = (0..b * t).filter(|n| counts(n / t, n % t)).count() as f64;
 
+        let dropped = drops(self.config, self.seed, b, t);
         let mut x: Vec<Array2<f64>> = (0..b)
             .map(|sequence| {
                 let tokens: Vec<usize> =
                     self.piece.row(sequence).iter().map(|&token| token as usize).collect();
                 let embedded = parameters.embedding.select(Axis(0), &tokens);
-                embedded + parameters.position_scale.as_ref().map_or(0.0, |scale| scale[0]) * &sinusoids
+                let scale = parameters.position_scale.as_ref().map_or(0.0, |scale| scale[0]);
+                (embedded + scale * &sinusoids) * &dropped.embedding.slice(s![sequence, .., ..])
             })
             .collect();
         let gradient = match self.config.learning {
@@ -187,10 +213,12 @@ impl<'a> Surrogate<'a> {
                 codebook,
                 feed_forward: second,
             } = layer;
-            let codebook = Codebook::new(self.learning[unit].clone(), codebook.clone()).unwrap();
-            let moved = codebook.codewords();
+            let moved = match self.learning[unit] {
+                Some(learning) => Codebook::new(learning.clone(), codebook.clone()).unwrap().codewords(),
+                None => self.codewords[unit].clone(),
+            };
             let seen = if gradient.from_attention { &moved } else { &self.codewords[unit] };
-            let relative = distances.dot(w_relative) * scale;
+            let relative = (&distances * &dropped.sinusoids[unit]).dot(w_relative) * scale;
             for (sequence, x) in x.iter_mut().enumerate() {
                 let normed = normalize(x, norm);
                 let mut gated = Array2::zeros((t, n_heads * d_v));
@@ -215,7 +243,7 @@ impl<'a> Surrogate<'a> {
                     }
                     gated.slice_mut(outs).assign(&out);
                     let frozen = self.frozen.get((unit * b + sequence) * n_heads + h);
-                    if let Some(frozen) = frozen.filter(|_| h % self.group() == 0) {
+                    if let Some(frozen) = frozen.filter(|one| h % self.group() == 0 && one.past.is_none()) {
                         let [base, moved] = [&self.codewords[unit], &moved]
                             .map(|codewords| quantized(frozen, codewords.index_axis(Axis(0), key_head)));
                         let mean = |distance: Array2<f64>| {
@@ -227,9 +255,11 @@ impl<'a> Surrogate<'a> {
                         codebook_loss += mean(&frozen.keys - &moved);
                     }
                 }
-                *x += &gated.dot(w_out);
+                let [first, other] = &dropped.branches[unit];
+                let of_sequence = s![sequence, .., ..];
+                *x += &(gated.dot(w_out) * first.slice(of_sequence));
                 if let Some(second) = second {
-                    *x += &feed_forward(x, second);
+                    *x += &(feed_forward(x, second) * other.slice(of_sequence));
                 }
             }
         }
@@ -250,4 +280,27 @@ impl<'a> Surrogate<'a> {
 /// The codeword of each key.
 fn quantized(frozen: &Frozen, codewords: ArrayView2<'_, f64>) -> Array2<f64> {
     Array2::from_shape_fn(frozen.keys.raw_dim(), |(j, k)| codewords[[frozen.codes[j] as usize, k]])
+}
+
+/// Exact attention to the keys before the piece and those of the piece.
+fn exactly(head: &Head, past: &KeyValues<f64>) -> Array2<f64> {
+    let mut out = Array2::zeros(head.v.raw_dim());
+    let n = past.keys().nrows();
+    for (i, mut out) in out.outer_iter_mut().enumerate() {
+        let at = n + i;
+        let q = head.q.row(i);
+        let key = |j: usize| if j < n { past.keys().row(j).to_owned() } else { head.k.row(j - n).to_owned() };
+        let value =
+            |j: usize| if j < n { past.values().row(j).to_owned() } else { head.v.row(j - n).to_owned() };
+        let score = |j: usize| {
+            let content = (&q + &head.content).dot(&key(j));
+            match at - j < head.relative.nrows() {
+                true => content + (&q + &head.position).dot(&head.relative.row(at - j)),
+                false => content,
+            }
+        };
+        let sum: f64 = (0..=at).map(|j| score(j).exp()).sum();
+        (0..=at).for_each(|j| out.scaled_add(score(j).exp() / sum, &value(j)));
+    }
+    out
 }

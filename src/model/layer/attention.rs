@@ -12,11 +12,12 @@
 use ndarray::{Array2, Array4, ArrayView2, ArrayView4, s};
 
 use super::Layer;
-use super::report::{LayerReport, PieceReport, mean_mass};
-use crate::attention::{AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, BatchSaved};
-use crate::codebook::{CodeStats, codebook_loss};
-use crate::model::CodewordGradient;
+use super::core;
+use super::report::{LayerReport, PieceReport};
+use crate::attention::{BatchBiases, BatchGradients, BatchInputs};
+use crate::codebook::codebook_loss;
 use crate::model::parameters::{LayerParameters, NormParameters};
+use crate::model::{CodewordGradient, UnitState};
 use crate::ops::matmul::add_product;
 use crate::ops::{linear, rms_norm, silu};
 use crate::{Error, Scalar};
@@ -28,9 +29,7 @@ pub(super) struct Saved<T> {
     norm: rms_norm::Saved<T>,
     projected: Projected<T>,
     out: Array2<T>,
-    attention: BatchSaved<T>,
-    /// If the codebook learns by gradient.
-    stats: Option<CodeStats<T>>,
+    core: core::Saved<T>,
 }
 
 /// x~ times Wq, Wk, Wv, Wg.
@@ -58,42 +57,34 @@ impl<T: Scalar> Layer<'_, T> {
     pub(super) fn attend(
         &self,
         x: Array2<T>,
-        states: &mut Array2<AttentionState<T>>,
+        states: &mut UnitState<T>,
         mask: Option<ArrayView2<'_, bool>>,
     ) -> Result<(Array2<T>, LayerReport<T>, Saved<T>), Error> {
         let (x_norm, norm) = self.normalize(&x)?; // (1)
         let projected = self.project(&x_norm)?;
         let activated = self.activate(&projected)?; // (2)
-        let batch = states.nrows();
+        let batch = states.dim().0;
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
-        let mut output = BatchOutput::default();
-        let (attention, _) =
-            self.config.attention.forward_unchecked(&inputs, &self.prepared.table, states, &mut output); // (4)
-        let BatchOutput { out, stats, commit_loss, cached_mass, .. } = output;
-        let cached_mass = mean_mass(&cached_mass);
-        let keys =
-            self.config.revival.map(|_| self.per_head(&activated.k, batch, self.key_heads()).to_owned());
+        let (out, mut report, core) = self.attend_heads(&inputs, states); // (4)
+        if self.config.revival.is_some() && self.learning.is_some() {
+            report.keys = Some(self.per_head(&activated.k, batch, self.key_heads()).to_owned());
+        }
         let out = rows(out);
         let branch = self.gate(&out, &projected)?; // (5)
-        let kept = self.config.learning.gradient().map(|_| stats.clone());
-        let saved = Saved { x, norm, projected, out, attention, stats: kept };
-        Ok((branch, LayerReport { stats, commit_loss, cached_mass, keys }, saved))
+        Ok((branch, report, Saved { x, norm, projected, out, core }))
     }
 
     /// As [`attend`](Self::attend), to infer only.
     pub(super) fn attend_to_infer(
         &self,
         x: &Array2<T>,
-        states: &mut Array2<AttentionState<T>>,
+        states: &mut UnitState<T>,
     ) -> Result<(Array2<T>, PieceReport), Error> {
         let projected = self.project(&self.normalize(x)?.0)?;
         let activated = self.activate(&projected)?;
-        let inputs = self.attention_inputs(&projected, &activated, states.nrows(), None);
-        let columns = self.prepared.packed.as_deref().map(|packed| &*packed.columns);
-        let output = self.config.attention.push_unchecked(&inputs, &self.prepared.table, columns, states);
-        let BatchOutput { out, commit_loss, cached_mass, .. } = output;
-        let cached_mass = mean_mass(&cached_mass);
-        Ok((self.gate(&rows(out), &projected)?, PieceReport { commit_loss, cached_mass }))
+        let inputs = self.attention_inputs(&projected, &activated, states.dim().0, None);
+        let (out, report) = self.attend_heads_to_infer(&inputs, states);
+        Ok((self.gate(&rows(out), &projected)?, report))
     }
 
     /// The keys [B, Hk, T, K] of `x` [B T, D].
@@ -113,7 +104,7 @@ impl<T: Scalar> Layer<'_, T> {
         distances: ArrayView2<'_, T>,
         d: &mut LayerParameters<T>,
     ) -> Result<Array2<T>, Error> {
-        let Saved { x, norm, projected, out, attention, stats } = saved;
+        let Saved { x, norm, projected, out, core } = saved;
         let (p, scale) = (self.parameters, self.scale());
         // (5)
         let (d_out, d_gate) = match &projected.gate {
@@ -132,19 +123,17 @@ impl<T: Scalar> Layer<'_, T> {
         // (4)
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
-        let d_out = self.per_head(&d_out, batch, self.config.n_heads);
-        let (weight, estimator) = (self.config.commit_weight, self.config.estimator);
-        let mut d_attention = BatchGradients::default();
-        let attention_config = &self.config.attention;
-        attention_config.backward_unchecked(&inputs, attention, d_out, estimator, weight, &mut d_attention);
-        if let (Some(gradient), Some(stats)) = (self.config.learning.gradient(), stats) {
+        let [out, d_out] = [&out, &d_out].map(|rows| self.per_head(rows, batch, self.config.n_heads));
+        let (d_attention, stats) = self.attend_heads_backward(&inputs, core, out, d_out);
+        let learning = self.config.learning.gradient().zip(self.learning);
+        if let (Some((gradient, learning)), Some(stats)) = (learning, stats) {
             let CodewordGradient { codebook_weight, from_attention } = gradient;
-            let codewords = self.prepared.table.codewords.view();
+            let codewords = self.prepared.table().codewords.view();
             let mut d_codewords = codebook_loss::gradient(&stats, codewords, codebook_weight);
             if from_attention {
                 d_codewords += &d_attention.codewords;
             }
-            self.learning.backward(&p.codebook, d_codewords.view(), &mut d.codebook);
+            learning.backward(&p.codebook, d_codewords.view(), &mut d.codebook);
         }
         // (3)
         let d_biases = d_attention.biases.as_ref().expect("the unit has biases");

@@ -1,8 +1,8 @@
 //! One unit: one or two pre-norm residual branches.
 //!
 //! ```text
-//! (1)  y = x + attention branch of x              see `attention`
-//! (2)  y = y + feed-forward branch of y           see `feed_forward`; if the configuration has it
+//! (1)  y = x + drop(attention branch of x)              see `attention`, and `core` for the kinds of attention
+//! (2)  y = y + drop(feed-forward branch of y)           see `feed_forward`; if the configuration has it
 //! ```
 //!
 //! Rows are tokens, sequence after sequence: [B T, width]. Source: the gated unit of Transformer-VQ (Lingle, arXiv
@@ -10,13 +10,15 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::ModelConfig;
+use super::dropout::{Branch, Masks};
 use super::parameters::LayerParameters;
-use crate::attention::AttentionState;
+use super::{ModelConfig, UnitState};
+use crate::attention::VqAttention;
 use crate::codebook::Learning;
 use crate::{Error, Scalar};
 
 mod attention;
+mod core;
 mod feed_forward;
 mod prepared;
 mod report;
@@ -34,9 +36,14 @@ pub(super) struct Saved<T> {
 /// A unit: its configuration, what it learned, and what follows from that.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layer<'a, T> {
+    /// Which of the model's units.
+    pub unit: usize,
     pub config: &'a ModelConfig,
+    /// As this unit computes it, if over quantized keys.
+    pub attention: VqAttention,
     pub parameters: &'a LayerParameters<T>,
-    pub learning: &'a Learning<T>,
+    /// Of its codebook, if it has one.
+    pub learning: Option<&'a Learning<T>>,
     pub prepared: &'a Prepared<T>,
 }
 
@@ -46,25 +53,24 @@ impl<T: Scalar> Layer<'_, T> {
     pub fn forward(
         &self,
         x: Array2<T>,
-        states: &mut Array2<AttentionState<T>>,
+        states: &mut UnitState<T>,
         mask: Option<ArrayView2<'_, bool>>,
+        masks: &Masks,
     ) -> Result<(Array2<T>, LayerReport<T>, Saved<T>), Error> {
-        let (branch, report, attention) = self.attend(x, states, mask)?;
+        let (mut branch, report, attention) = self.attend(x, states, mask)?;
+        masks.branch(Branch::Attention, self.unit, &mut branch)?;
         let y = branch + &attention.x; // (1)
         let Some(parameters) = &self.parameters.feed_forward else {
             return Ok((y, report, Saved { attention, feed_forward: None }));
         };
-        let (branch, feed_forward) = feed_forward::forward(parameters, y, self.prepared)?;
+        let (mut branch, feed_forward) = feed_forward::forward(parameters, y, self.prepared)?;
+        masks.branch(Branch::FeedForward, self.unit, &mut branch)?;
         let y = branch + &feed_forward.x; // (2)
         Ok((y, report, Saved { attention, feed_forward: Some(feed_forward) }))
     }
 
-    /// As [`forward`](Self::forward), to infer only: pieces of any size, and nothing is saved.
-    pub fn push(
-        &self,
-        x: Array2<T>,
-        states: &mut Array2<AttentionState<T>>,
-    ) -> Result<(Array2<T>, PieceReport), Error> {
+    /// As [`forward`](Self::forward), to infer only: pieces of any size, nothing is dropped, and nothing is saved.
+    pub fn push(&self, x: Array2<T>, states: &mut UnitState<T>) -> Result<(Array2<T>, PieceReport), Error> {
         let (branch, report) = self.attend_to_infer(&x, states)?;
         let y = branch + &x; // (1)
         let Some(parameters) = &self.parameters.feed_forward else {
@@ -75,11 +81,13 @@ impl<T: Scalar> Layer<'_, T> {
     }
 
     /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].
+    #[allow(clippy::too_many_arguments)] // what forward took, and what it gave
     pub fn backward(
         &self,
         saved: Saved<T>,
         mut d_y: Array2<T>,
         mask: Option<ArrayView2<'_, bool>>,
+        masks: &Masks,
         batch: usize,
         distances: ArrayView2<'_, T>,
         d: &mut LayerParameters<T>,
@@ -87,10 +95,14 @@ impl<T: Scalar> Layer<'_, T> {
         let Saved { attention, feed_forward } = saved;
         let parameters = self.parameters.feed_forward.as_ref().zip(d.feed_forward.as_mut());
         if let (Some((p, d)), Some(saved)) = (parameters, feed_forward) {
-            let d_branch = feed_forward::backward(p, saved, &d_y, d)?;
-            d_y += &d_branch; // (2)
+            let mut d_branch = d_y.clone();
+            masks.branch(Branch::FeedForward, self.unit, &mut d_branch)?;
+            let d_x = feed_forward::backward(p, saved, &d_branch, d)?;
+            d_y += &d_x; // (2)
         }
-        let d_x = self.attend_backward(attention, &d_y, mask, batch, distances, d)?; // (1)
+        let mut d_branch = d_y.clone();
+        masks.branch(Branch::Attention, self.unit, &mut d_branch)?;
+        let d_x = self.attend_backward(attention, &d_branch, mask, batch, distances, d)?; // (1)
         Ok(d_x + &d_y)
     }
 }

@@ -22,7 +22,8 @@ pub(in crate::model) struct Prepared<T> {
     pub(super) position: Array2<T>,
     /// (3) [Hk, M+1, K].
     pub(super) relative: Array3<T>,
-    pub(super) table: Table<T>,
+    /// None in a unit without a codebook.
+    table: Option<Table<T>>,
     /// To infer with.
     pub(super) packed: Option<Arc<Packed<T>>>,
 }
@@ -30,7 +31,8 @@ pub(in crate::model) struct Prepared<T> {
 /// The weights of a unit in the order in which products with few tokens read them.
 #[derive(Debug)]
 pub(super) struct Packed<T> {
-    pub columns: Arc<[HeadColumns<T>]>,
+    /// None in a unit without a codebook.
+    pub columns: Option<Arc<[HeadColumns<T>]>>,
     /// Wq, Wk, Wv and Wg, if there is one, side by side.
     pub input: PackedWeights<T>,
     pub output: PackedWeights<T>,
@@ -42,11 +44,11 @@ pub(super) struct Packed<T> {
 pub(in crate::model) const FEW_TOKENS: usize = 16;
 
 impl<T: Scalar> Prepared<T> {
-    /// `distances` are the sinusoids of 0, 1, ..., M [M+1, D].
+    /// `distances` are the sinusoids of 0, 1, ..., M [M+1, D]; `learning` is that of the unit's codebook, if it has one.
     pub fn new(
         config: &ModelConfig,
         parameters: &LayerParameters<T>,
-        learning: &Learning<T>,
+        learning: Option<&Learning<T>>,
         distances: ArrayView2<'_, T>,
     ) -> Result<Self, Error> {
         let scale = T::from_f64(config.key_scale());
@@ -57,7 +59,7 @@ impl<T: Scalar> Prepared<T> {
             content: &parameters.content_bias * scale,
             position: &parameters.position_bias * scale,
             relative: relative.permuted_axes([1, 0, 2]),
-            table: Table::new(learning.codewords(&parameters.codebook)),
+            table: learning.map(|learning| Table::new(learning.codewords(&parameters.codebook))),
             packed: None,
         })
     }
@@ -72,12 +74,17 @@ impl<T: Scalar> Prepared<T> {
                 (PackedWeights::new(&input), PackedWeights::new(&[w_out.view()]))
             });
         let packed = Packed {
-            columns: HeadColumns::all(&self.table, Some(self.relative.view())),
+            columns: self.table.as_ref().map(|table| HeadColumns::all(table, Some(self.relative.view()))),
             input: PackedWeights::new(&input),
             output: PackedWeights::new(&[w_out.view()]),
             feed_forward,
         };
         Prepared { packed: Some(Arc::new(packed)), ..self }
+    }
+
+    /// The codewords of a unit that has some.
+    pub(super) fn table(&self) -> &Table<T> {
+        self.table.as_ref().expect("only attention over quantized keys asks for codewords")
     }
 
     /// Packed weights, if there are and if they suit so many tokens.

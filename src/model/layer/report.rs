@@ -8,7 +8,7 @@ use crate::codebook::CodeStats;
 /// What a unit reports of a piece of training.
 #[derive(Debug, Clone)]
 pub struct LayerReport<T> {
-    /// What the unit's codebook learns from.
+    /// What the unit's codebook learns from; empty where it has none.
     pub stats: CodeStats<T>,
     /// Squared distance of keys to their codewords, summed over key heads and dimensions, mean over positions that count.
     pub commit_loss: f64,

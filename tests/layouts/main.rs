@@ -1,7 +1,9 @@
 //! Every way to build a unit, through one table: the laws of the whole model, checkpoints and resuming. That their gradients are
 //! right is the business of `gradients`.
 
-#[path = "support/training.rs"]
+mod dropout;
+mod sizes;
+#[path = "../support/training.rs"]
 mod training;
 
 use ndarray::{Array2, s};
@@ -13,7 +15,8 @@ use transformer_vq::attention::VqAttention;
 use transformer_vq::check::relative_rms;
 use transformer_vq::generate::{Generator, Sampler};
 use transformer_vq::model::{
-    CodewordGradient, FeedForward, FeedForwardKind, LearningConfig, ModelConfig, Transformer,
+    CodewordGradient, Dropout, DropoutSeed, FeedForward, FeedForwardKind, LearningConfig, ModelConfig,
+    Transformer, UnitKind,
 };
 use transformer_vq::train::Trainer;
 
@@ -22,6 +25,7 @@ const T: usize = 37;
 const VOCAB: usize = 12;
 
 const SWIGLU: Option<FeedForward> = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 10 });
+const DROPOUT: Dropout = Dropout { embedding: 0.1, residual: 0.2, sinusoid: 0.2, layer: 0.2 };
 const GELU: Option<FeedForward> = Some(FeedForward { kind: FeedForwardKind::Gelu, width: 14 });
 
 fn small() -> ModelConfig {
@@ -45,8 +49,10 @@ fn layouts() -> Vec<(&'static str, ModelConfig)> {
     let heads = |n_heads, n_key_heads, gate| ModelConfig { n_heads, n_key_heads, gate, ..small() };
     let by_gradient =
         LearningConfig::Gradient(CodewordGradient { codebook_weight: 0.3, from_attention: true });
+    let hybrid = vec![UnitKind::Quadratic, UnitKind::Vq, UnitKind::Window];
     vec![
         ("one gated head", small()),
+        ("of the other tests", training::config()),
         ("three gated heads", heads(3, None, true)),
         ("multi-head", heads(3, None, false)),
         ("grouped", heads(4, Some(2), false)),
@@ -54,6 +60,11 @@ fn layouts() -> Vec<(&'static str, ModelConfig)> {
         ("multi-query", heads(4, Some(1), false)),
         ("SwiGLU", ModelConfig { feed_forward: SWIGLU, gate: false, ..small() }),
         ("multi-head, GELU", ModelConfig { feed_forward: GELU, ..heads(2, None, false) }),
+        ("exact", ModelConfig { units: vec![UnitKind::Quadratic], ..small() }),
+        ("grouped, exact", ModelConfig { units: vec![UnitKind::Quadratic], ..heads(4, Some(2), false) }),
+        ("window only", ModelConfig { units: vec![UnitKind::Window], ..small() }),
+        ("hybrid", ModelConfig { units: hybrid.clone(), feed_forward: GELU, ..heads(2, Some(1), true) }),
+        ("dropout", ModelConfig { dropout: DROPOUT, units: hybrid, feed_forward: SWIGLU, ..small() }),
         (
             "grouped, SwiGLU",
             ModelConfig { feed_forward: SWIGLU, learning: by_gradient, ..heads(4, Some(2), true) },
@@ -151,7 +162,9 @@ fn any_number_of_threads_gives_the_same_losses_and_gradients() {
                 let mut state = model.new_state(B).unwrap();
                 model.push(tokens(7, 10).view(), &mut state).unwrap();
                 let (inputs, targets) = (tokens(1, T), tokens(2, T));
-                let got = model.loss_and_gradients(inputs.view(), targets.view(), None, &mut state).unwrap();
+                let seed = Some(DropoutSeed { seed: 1, step: 2, sequence: 3 });
+                let (inputs, targets) = (inputs.view(), targets.view());
+                let got = model.loss_and_gradients_dropping(inputs, targets, None, &mut state, seed).unwrap();
                 let gradients = got.gradients.views().into_iter().map(|p| p.value.mapv(f32::to_bits));
                 (got.loss.to_bits(), got.commit_loss.to_bits(), Vec::from_iter(gradients), state)
             })
@@ -204,21 +217,4 @@ fn training_moves_every_parameter_and_writing_goes_on() {
         };
         assert_eq!(write(), write(), "{name}");
     }
-}
-
-#[test]
-fn parameters_are_as_many_as_said() {
-    for (name, config) in layouts() {
-        let model = Transformer::new(config.clone(), 1).unwrap();
-        assert_eq!(model.parameters().len() as u128, config.n_parameters(), "{name}");
-    }
-}
-
-/// What was drawn for a seed before there were layouts is drawn today.
-#[test]
-fn more_options_change_no_older_number() {
-    let old = Transformer::new(small(), 3).unwrap();
-    let new = Transformer::new(ModelConfig { feed_forward: SWIGLU, n_layers: 1, ..small() }, 3).unwrap();
-    let (a, b) = (&old.parameters().layers[0], &new.parameters().layers[0]);
-    assert_eq!((&a.w_q, &a.w_gate, &a.w_out), (&b.w_q, &b.w_gate, &b.w_out));
 }
