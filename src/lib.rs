@@ -48,7 +48,7 @@
 //! | `L` | block length |
 //! | `M` | window length |
 //! | `S` | codes in a codebook |
-//! | `H` | heads |
+//! | `H`, `Hk` | heads; heads of keys and values, where they are fewer than those of queries |
 //! | `K`, `V` | width of a key and of a value, per head |
 //! | `D` | width of the model |
 //!

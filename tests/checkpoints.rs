@@ -110,9 +110,22 @@ fn older_checkpoints_are_read_as_moving_averages() {
     let (folder, trainer, _) = saved::<f32>();
     let json = folder.path().join(JSON);
     let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    let new = ["learning", "estimator", "start", "revival"];
+    let new = [
+        "learning",
+        "estimator",
+        "start",
+        "revival",
+        "n_key_heads",
+        "gate",
+        "feed_forward",
+        "units",
+        "dropout",
+    ];
     for field in new {
         assert!(manifest["model"].as_object_mut().unwrap().remove(field).is_some());
+    }
+    for field in ["dropout_seed", "sequence"] {
+        assert!(manifest["training"].as_object_mut().unwrap().remove(field).is_some());
     }
     fs::write(&json, manifest.to_string()).unwrap();
     // The tensor file repeats the configuration.

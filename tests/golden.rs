@@ -232,9 +232,9 @@ fn compare_update<T: Scalar>(
     all.extend(old.into_iter().map(|(name, old)| (name.clone(), old - &new[&name])));
     golden.compare_all(&format!("u{n}.grad."), &all, gradients);
 
-    for (i, states) in state.layers().iter().enumerate() {
+    for (i, states) in state.layers().iter().map(|states| states.quantized().unwrap()).enumerate() {
         let prefix = format!("u{n}.state.layer{}.attn{}", i / 2, i % 2 + 1);
-        compare_state(golden, outputs, &prefix, config.n_codes, states);
+        compare_state(golden, outputs, &prefix, config.n_codes, &states.to_owned());
     }
 }
 

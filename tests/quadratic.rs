@@ -3,7 +3,8 @@
 use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use transformer_vq::attention::{AttentionState, Inputs, VqAttention, naive, quadratic};
+use transformer_vq::attention::quadratic::{self, KeyValues};
+use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, naive};
 use transformer_vq::check::relative_rms;
 use transformer_vq::{Error, Scalar};
 
@@ -217,4 +218,101 @@ fn what_does_not_fit_is_named() {
     lse[3] = f64::NAN;
     let expected = Error::NotFinite { what: "lse", index: vec![3], value: "NaN".to_string() };
     assert_eq!(backward(&q, &out, &lse, &d_out), expected);
+}
+
+/// The last queries of a sequence, with biases of the distances 0..=M, against the definition in which every key is its own
+/// codeword: there, queries before them count for nothing, and what a key gets is what it gets as a recent key and as a codeword.
+fn pieces_equal_the_definition(t: usize, from: usize, window: usize) {
+    let (d_k, d_v) = (5, 3);
+    let Problem { q, k, v, d_out } = Problem::new(t, d_k, d_v);
+    let mut rng = ChaCha8Rng::seed_from_u64((t + window) as u64);
+    let (u, w) = (random(&mut rng, d_k), random(&mut rng, d_k));
+    let r: Array2<f64> = random(&mut rng, (window + 1, d_k));
+    let biases = Biases { content: u.view(), position: w.view(), relative: r.view() };
+
+    let attention = VqAttention { block_len: 32, window, ..VqAttention::default() };
+    let state = AttentionState::new(t, d_k, d_v, window).unwrap();
+    let codes = Array1::from_iter(0..t as u32);
+    let inputs =
+        Inputs { q: q.view(), codes: codes.view(), v: v.view(), codewords: k.view(), biases: Some(biases) };
+    let (whole, _) = naive::forward(&attention, &inputs, k.view(), &state).unwrap();
+    let mut counted = d_out.clone();
+    counted.slice_mut(s![..from, ..]).fill(0.0);
+    let d = naive::backward(&attention, &inputs, k.view(), &state, counted.view()).unwrap();
+
+    let (piece, d_out) = (s![from.., ..], d_out.slice(s![from.., ..]));
+    let mut all = KeyValues::new(d_k, d_v);
+    all.push(k.slice(s![..from, ..]), v.slice(s![..from, ..])).unwrap();
+    all.push(k.slice(piece), v.slice(piece)).unwrap();
+    assert_eq!((all.keys(), all.values(), all.position()), (k.view(), v.view(), t as u64));
+    let q = q.slice(piece);
+    let (out, lse) = quadratic::attend(q, Some(biases), &all).unwrap();
+    let got = quadratic::attend_backward(q, Some(biases), &all, out.view(), lse.view(), d_out).unwrap();
+
+    let close = |what: &str, error: f64| {
+        assert!(error <= 1e-13, "{what}: {error:e}, T = {t} from {from}, M = {window}");
+    };
+    close("out", relative_rms(&out, &whole.out.slice(piece)));
+    close("lse", relative_rms(&lse, &whole.lse.slice(s![from..])));
+    close("q", relative_rms(&got.q, &d.q.slice(piece)));
+    close("k", relative_rms(&got.k, &(&d.k_hat + &d.codewords).slice(piece)));
+    close("v", relative_rms(&got.v, &d.v.slice(piece)));
+    let (got, d) = (got.biases.unwrap(), d.biases.unwrap());
+    close("u", relative_rms(&got.content, &d.content));
+    close("w", relative_rms(&got.position, &d.position));
+    close("r", relative_rms(&got.relative, &d.relative));
+    // A token at a time.
+    let mut all = KeyValues::new(d_k, d_v);
+    for i in 0..t.min(150) {
+        all.push(k.slice(s![i..=i, ..]), v.slice(s![i..=i, ..])).unwrap();
+        let (one, lse) = quadratic::attend(inputs.q.slice(s![i..=i, ..]), Some(biases), &all).unwrap();
+        close("a token's out", relative_rms(&one.row(0), &whole.out.row(i)));
+        assert!((lse[0] - whole.lse[i]).abs() <= 1e-12);
+    }
+}
+
+#[test]
+fn pieces_with_biases_equal_the_definition() {
+    for (t, from) in [(1, 0), (5, 0), (70, 0), (70, 69), (130, 64), (200, 65), (300, 280), (333, 1)] {
+        for window in [0, 3, 70, 500] {
+            pieces_equal_the_definition(t, from, window);
+        }
+    }
+    // Keys in more than one segment.
+    pieces_equal_the_definition(2100, 90, 70);
+}
+
+#[test]
+fn keys_and_values_are_checked_and_kept() {
+    let k = Array2::<f64>::ones((3, 2));
+    let mut all = KeyValues::new(2, 4);
+    all.push(k.view(), Array2::ones((3, 4)).view()).unwrap();
+    let kept = all.clone();
+    let refused = |error: Error, words: &str| assert!(error.to_string().starts_with(words), "{error}");
+    refused(all.push(k.view(), Array2::ones((2, 4)).view()).unwrap_err(), "`v` has shape [2, 4]");
+    refused(all.push(Array2::ones((3, 1)).view(), Array2::ones((3, 4)).view()).unwrap_err(), "`k`");
+    refused(all.push(k.view(), Array2::from_elem((3, 4), f64::NAN).view()).unwrap_err(), "`v`");
+    refused(all.push((&k / 0.0).view(), Array2::ones((3, 4)).view()).unwrap_err(), "`k`");
+    assert_eq!(all, kept);
+    assert!(all.size_in_bytes() >= 3 * 6 * 8);
+    let attend = |q: Array2<f64>| quadratic::attend(q.view(), None, &kept).unwrap_err();
+    refused(attend(Array2::ones((4, 2))), "`q`");
+    refused(attend(Array2::ones((2, 3))), "`q`");
+    refused(attend(Array2::from_elem((2, 2), f64::INFINITY)), "`q`");
+    let (one, r) = (Array1::ones(2), Array2::<f64>::ones((1, 2)));
+    let with = |content: &Array1<f64>, position: &Array1<f64>, relative: &Array2<f64>| {
+        let biases = Biases { content: content.view(), position: position.view(), relative: relative.view() };
+        quadratic::attend(k.view(), Some(biases), &kept).map(|_| ())
+    };
+    assert!(with(&one, &one, &r).is_ok());
+    refused(with(&Array1::ones(3), &one, &r).unwrap_err(), "`biases.content`");
+    refused(with(&one, &Array1::ones(1), &r).unwrap_err(), "`biases.position`");
+    refused(with(&one, &one, &Array2::ones((0, 2))).unwrap_err(), "`biases.relative`");
+    refused(with(&one, &one, &(&r / 0.0)).unwrap_err(), "`biases.relative`");
+    let (out, lse) = quadratic::attend(k.view(), None, &kept).unwrap();
+    let backward = |lse: Array1<f64>, d_out: Array2<f64>| {
+        quadratic::attend_backward(k.view(), None, &kept, out.view(), lse.view(), d_out.view()).unwrap_err()
+    };
+    refused(backward(Array1::ones(2), out.clone()), "`lse`");
+    refused(backward(lse, Array2::ones((3, 3))), "`d_out`");
 }

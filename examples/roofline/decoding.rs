@@ -160,7 +160,7 @@ fn state_at(model: &Transformer<f32>, position: u64, streams: usize) -> Result<M
         let states = (0..streams * codebook.n_heads())
             .map(|n| head(codewords.index_axis(Axis(0), n % codebook.n_heads())))
             .collect::<Result<Vec<_>>>()?;
-        layers.push(Array2::from_shape_vec((streams, codebook.n_heads()), states)?);
+        layers.push(Array2::from_shape_vec((streams, codebook.n_heads()), states)?.into());
     }
     Ok(ModelState::from_parts(layers)?)
 }
@@ -176,8 +176,8 @@ fn check(prepared: &Prepared<'_>, state: &ModelState<f32>, streams: &ModelState<
         agree("tokens one by one and at once", relative_rms(&logits, &expected), 1e-3)?;
     }
     let last = STREAMS - 1..;
-    let of_last = streams.layers().iter().map(|states| states.slice(s![last.clone(), ..]).to_owned());
-    let mut alone = ModelState::from_parts(of_last.collect())?;
+    let of_last = streams.layers().iter().map(|states| states.of_sequence(STREAMS - 1));
+    let mut alone = ModelState::from_parts(of_last.collect::<std::result::Result<_, _>>()?)?;
     let tokens = Array2::from_shape_fn((STREAMS, 1), |(stream, _)| 97 + stream as u32);
     let (together, _) = prepared.push(tokens.view(), &mut streams.clone())?;
     let (alone, _) = prepared.push(tokens.slice(s![last.clone(), ..]), &mut alone)?;

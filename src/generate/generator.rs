@@ -1,4 +1,4 @@
-//! Writing with a model, token by token, with a state that does not grow.
+//! Writing with a model, token by token, with a state that does not grow, unless the model has units of exact attention.
 
 use ndarray::{Array1, ArrayView1, Axis, arr2, s};
 use rand::SeedableRng;

@@ -6,10 +6,10 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `model.<parameter>` | as in [`Parameters`] | for example `model.layers.0.w_q` |
-//! | `codebooks.<unit>.sums` | [H, S, K] | of moving averages |
-//! | `codebooks.<unit>.counts` | [H, S] | |
-//! | `codebooks.<unit>.basis` | [H, S, f] | of a linear codebook, if frozen |
-//! | `codebooks.<unit>.codewords` | [H, S, K] | of a frozen codebook |
+//! | `codebooks.<unit>.sums` | [Hk, S, K] | of moving averages |
+//! | `codebooks.<unit>.counts` | [Hk, S] | |
+//! | `codebooks.<unit>.basis` | [Hk, S, f] | of a linear codebook, if frozen |
+//! | `codebooks.<unit>.codewords` | [Hk, S, K] | of a frozen codebook |
 //!
 //! What the optimizer moves of a codebook is among the parameters. A configuration without `learning` and `estimator`, as older
 //! ones are, means moving averages with the count clamp, and straight-through.
@@ -78,7 +78,7 @@ pub(crate) fn write<'a, T: Scalar>(
     training: Option<serde_json::Value>,
 ) -> Result<(), Error> {
     let mut tensors = named("model", model.parameters())?;
-    for (i, learning) in model.learning().iter().enumerate() {
+    for (i, learning) in model.config().codebook_units().zip(model.learning()) {
         match learning {
             Learning::Ema(ema) => {
                 tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
@@ -192,7 +192,7 @@ pub(crate) fn file_error(path: PathBuf, problem: String) -> Error {
 /// The model of an open checkpoint.
 pub(crate) fn read_model<T: Scalar>(config: ModelConfig, file: &TensorFile) -> Result<Transformer<T>, Error> {
     let parameters = read_parameters("model", &config, file)?;
-    let learning = (0..config.n_layers).map(|i| read_learning(&config, i, file));
+    let learning = config.codebook_units().map(|i| read_learning(&config, i, file));
     let learning = learning.collect::<Result<_, Error>>()?;
     let model = Transformer::from_parts(config, parameters, learning);
     model.map_err(|e| file_error(file.path().into(), e.to_string()))
@@ -200,7 +200,7 @@ pub(crate) fn read_model<T: Scalar>(config: ModelConfig, file: &TensorFile) -> R
 
 /// What the optimizer does not move of the codebook of unit i.
 fn read_learning<T: Scalar>(config: &ModelConfig, i: usize, file: &TensorFile) -> Result<Learning<T>, Error> {
-    let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, codebook_decay, .. }) = (config.key_heads(), config);
     let wrong = |e: Error| file_error(file.path().into(), format!("codebooks.{i}: {e}"));
     let table = |name: &str, width: usize| -> Result<Array3<T>, Error> {
         let array: ArrayD<T> = file.array(&format!("codebooks.{i}.{name}"), &[n_heads, n_codes, width])?;

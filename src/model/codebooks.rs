@@ -3,7 +3,7 @@
 //! A codebook's state is in two places, and in each once: what the optimizer moves is in the unit's parameters, the rest in a
 //! [`Learning`]. Together they give the codewords.
 //!
-//! How codewords begin, if at random: moving averages as published, N(0, 1 / (H S)). Otherwise every number of a codeword is from
+//! How codewords begin, if at random: moving averages as published, N(0, 1 / (Hk S)). Otherwise every number of a codeword is from
 //! N(0, K^(-1/2)), which is the size of a key's numbers (normalised keys times K^(-1/4)): by itself, or as a basis from
 //! N(0, 1/f) times a matrix from N(0, K^(-1/2)), without a bias.
 //!
@@ -20,7 +20,7 @@ use crate::{Error, Scalar};
 
 /// What no optimizer moves of one codebook, at its beginning.
 pub(super) fn begin(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Result<Learning<f32>, Error> {
-    let ModelConfig { n_heads, n_codes, d_k, codebook_decay, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, codebook_decay, .. }) = (config.key_heads(), config);
     let mut normal = |width: usize, deviation: f64| {
         let mut numbers = Array3::zeros((n_heads, n_codes, width));
         fill_normal(&mut numbers, deviation, rng);
@@ -62,28 +62,35 @@ impl<T: Scalar> Transformer<T> {
         let mut state = self.new_state(tokens.nrows())?;
         self.check(tokens, &state)?;
         let mut x = self.embed(tokens, 0)?;
+        let distances = self.distances()?;
+        let mut codebooks = 0;
         for (i, states) in state.layers.iter_mut().enumerate() {
-            let keys = started.with_layer(i, |layer| layer.keys(&x, tokens.nrows()))?;
-            let seed = seed.wrapping_add(i as u64);
-            let codewords = start::k_means(keys.view(), self.config().n_codes, None, steps, seed)?;
-            started.set_codewords(i, codewords)?;
-            x = started.with_layer(i, |layer| layer.push(x, states))?.0;
+            if self.config().unit(i).has_codebook() {
+                let prepared = started.prepare_layer(i, distances.view())?;
+                let keys = started.layer(i, &prepared).keys(&x, tokens.nrows())?;
+                let seed = seed.wrapping_add(i as u64);
+                let codewords = start::k_means(keys.view(), self.config().n_codes, None, steps, seed)?;
+                started.set_codewords(i, codebooks, codewords)?;
+                codebooks += 1;
+            }
+            let prepared = started.prepare_layer(i, distances.view())?;
+            x = started.layer(i, &prepared).push(x, states)?.0;
         }
         *self = started;
         Ok(())
     }
 
-    /// Gives idle codes of every unit a new start at keys of this step, those of its
-    /// [`LayerReport`](super::LayerReport); how many of each unit.
+    /// Gives idle codes of every codebook a new start at keys of this step, those of its unit's
+    /// [`LayerReport`](super::LayerReport); how many of each.
     ///
     /// To be called after [`update_codebooks`](Self::update_codebooks). [`Trainer`](crate::train::Trainer) does this as the
     /// configuration says.
     ///
     /// # Shapes
-    /// `keys` [B, H, T, K], one per unit.
+    /// `keys` [B, Hk, T, K], one per unit that has a codebook.
     ///
     /// # Errors
-    /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as units. The codebooks are then as they
+    /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as codebooks. The codebooks are then as they
     /// were.
     pub fn revive_codebooks(
         &mut self,
@@ -91,8 +98,8 @@ impl<T: Scalar> Transformer<T> {
         ratio: f64,
         seed: u64,
     ) -> Result<Vec<usize>, Error> {
-        check_shape("keys", &[self.config().n_layers], &[keys.len()])?;
         let mut codebooks = self.codebooks();
+        check_shape("keys", &[codebooks.len()], &[keys.len()])?;
         let revive = |(i, (codebook, keys)): (u64, (&mut Codebook<T>, &Array4<T>))| {
             codebook.revive(keys.view(), None, ratio, seed.wrapping_add(i))
         };
@@ -101,9 +108,9 @@ impl<T: Scalar> Transformer<T> {
         Ok(revived)
     }
 
-    /// Writes the codewords of one unit.
-    fn set_codewords(&mut self, unit: usize, codewords: Array3<T>) -> Result<(), Error> {
-        match &mut self.learning[unit] {
+    /// Writes the codewords of one unit, whose codebook is the n-th.
+    fn set_codewords(&mut self, unit: usize, n: usize, codewords: Array3<T>) -> Result<(), Error> {
+        match &mut self.learning[n] {
             Learning::Ema(ema) => {
                 *ema = Ema::from_codewords(codewords, ema.decay())?.with_smoothing(ema.smoothing())?;
             }
@@ -117,14 +124,15 @@ impl<T: Scalar> Transformer<T> {
     }
 }
 
-/// Checks that these codebooks, one per unit, are those of the configuration.
+/// Checks that these codebooks, one per unit that has one, are those of the configuration.
 pub(super) fn check<T: Scalar>(
     config: &ModelConfig,
     parameters: &Parameters<T>,
     learning: &[Learning<T>],
 ) -> Result<(), Error> {
-    check_shape("codebooks", &[config.n_layers], &[learning.len()])?;
-    for (layer, learning) in parameters.layers.iter().zip(learning) {
+    check_shape("codebooks", &[config.codebook_units().count()], &[learning.len()])?;
+    for (unit, learning) in config.codebook_units().zip(learning) {
+        let layer = &parameters.layers[unit];
         let fits = match (&config.learning, learning) {
             (LearningConfig::Ema { smoothing }, Learning::Ema(ema)) => ema.smoothing() == *smoothing,
             (LearningConfig::Gradient(_), Learning::Gradient) => true,
@@ -139,7 +147,8 @@ pub(super) fn check<T: Scalar>(
             return Err(Error::invalid("codebooks", expected, kind(learning)));
         }
         let (n_heads, n_codes, d_k) = learning.check(&layer.codebook)?;
-        check_shape("codebooks", &[config.n_heads, config.n_codes, config.d_k], &[n_heads, n_codes, d_k])?;
+        let expected = [config.key_heads(), config.n_codes, config.d_k];
+        check_shape("codebooks", &expected, &[n_heads, n_codes, d_k])?;
     }
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{CodebookStart, Dropout, LearningConfig, Revival};
 use crate::Error;
 use crate::attention::VqAttention;
-use crate::codebook::{Estimator, Smoothing};
+use crate::codebook::Estimator;
 use crate::error::checked_len;
 
-/// A Transformer-VQ language model: a stack of gated units with linear-time attention.
+/// A Transformer-VQ language model: a stack of units with linear-time attention, gated if nothing else is said.
 ///
 /// ```
 /// use transformer_vq::model::ModelConfig;
@@ -25,14 +26,30 @@ pub struct ModelConfig {
     pub d_model: usize,
     /// Units. The paper counts two of them as one layer.
     pub n_layers: usize,
-    /// H, per unit.
+    /// H, query heads per unit.
     pub n_heads: usize,
+    /// Hk, heads of keys and values, each with a codebook, for H / Hk query heads (grouped queries; 1: multi-query). It divides
+    /// `n_heads`. None: as many as query heads.
+    #[serde(default)]
+    pub n_key_heads: Option<usize>,
     /// K, width of a key per head.
     pub d_k: usize,
     /// V, width of a value per head.
     pub d_v: usize,
-    /// S, codewords per head.
+    /// S, codewords per key head.
     pub n_codes: usize,
+    /// Whether attention's output is gated. Without a gate, values have no activation either.
+    #[serde(default = "on")]
+    pub gate: bool,
+    /// A second branch in every unit, token by token.
+    #[serde(default)]
+    pub feed_forward: Option<FeedForward>,
+    /// What the attention of the units is: of the first, the second and so on, and over again. Empty: [`UnitKind::Vq`].
+    #[serde(default)]
+    pub units: Vec<UnitKind>,
+    /// What is dropped in training.
+    #[serde(default)]
+    pub dropout: Dropout,
     /// Block length, window, and how far values and gradients reach.
     pub attention: VqAttention,
     /// Whether the table of embeddings, transposed, is the output matrix too.
@@ -63,82 +80,51 @@ pub struct ModelConfig {
     pub revival: Option<Revival>,
 }
 
-/// What the codewords of a model begin as: see [`start`](crate::codebook::start).
+/// What older configurations mean, which do not say.
+fn on() -> bool {
+    true
+}
+
+/// A feed-forward branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FeedForward {
+    /// Its activation.
+    pub kind: FeedForwardKind,
+    /// Its width on the way; SwiGLU has two matrices of this width at its input.
+    pub width: usize,
+}
+
+/// The activation of a feed-forward branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForwardKind {
+    /// `(x Win) * SiLU(x Wg)`.
+    #[serde(rename = "swiglu")]
+    SwiGlu,
+    /// `gelu(x Win)`, see [`gelu`](crate::ops::gelu).
+    Gelu,
+}
+
+/// What the attention of a unit is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum CodebookStart {
-    /// Random numbers: for moving averages as published, otherwise about as large as keys.
+#[serde(rename_all = "snake_case")]
+pub enum UnitKind {
+    /// Over quantized keys, all of them: the window exactly, older ones through the compressive cache. Linear time, constant
+    /// state.
     #[default]
-    Random,
-    /// As `Random`; the first step of training then replaces them by the centres of its batch's keys, found by k-means++. Not
-    /// for codewords that are a basis times a matrix.
-    KMeans {
-        /// Steps of Lloyd, at most.
-        steps: usize,
-    },
+    Vq,
+    /// Over quantized keys of the window alone.
+    Window,
+    /// Over all keys as they are, without a codebook ([`quadratic`](crate::attention::quadratic)), with relative biases in the
+    /// window. Quadratic time, and a state that grows with the sequence.
+    Quadratic,
 }
 
-/// When training gives codes a new start: see [`revive`](crate::codebook::revive).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Revival {
-    /// A code is idle if it is used less than this times as often as the average code of its head; from 0 to below 1.
-    pub ratio: f64,
-    /// Steps of training from one look to the next.
-    pub every: u64,
-}
-
-/// How the codebooks of a model learn: see [`Learning`](crate::codebook::Learning).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum LearningConfig {
-    /// Moving averages of keys, by `codebook_decay`.
-    Ema {
-        /// How counts become divisors.
-        smoothing: Smoothing,
-    },
-    /// Codewords are parameters.
-    Gradient(CodewordGradient),
-    /// Codewords are a basis times a matrix (SimVQ).
-    Linear {
-        /// f, width of the basis.
-        d_basis: usize,
-        /// Whether the basis learns as well.
-        learned_basis: bool,
-        /// Whether a bias is added.
-        bias: bool,
-        /// What moves the codewords.
-        gradient: CodewordGradient,
-    },
-    /// Codewords stay as they began.
-    Frozen,
-}
-
-/// What moves codewords that learn by gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CodewordGradient {
-    /// Weight of the codebook loss in the total.
-    pub codebook_weight: f64,
-    /// Whether attention's own gradient moves the codewords too: as what queries are compared with, not only as what stands
-    /// near the keys.
-    pub from_attention: bool,
-}
-
-impl Default for LearningConfig {
-    /// The paper's, which older checkpoints were written with.
-    fn default() -> Self {
-        LearningConfig::Ema { smoothing: Smoothing::CountClamp }
-    }
-}
-
-impl LearningConfig {
-    /// What moves the codewords, if they learn by gradient.
-    pub(super) fn gradient(&self) -> Option<CodewordGradient> {
-        match self {
-            LearningConfig::Gradient(gradient) | LearningConfig::Linear { gradient, .. } => Some(*gradient),
-            LearningConfig::Ema { .. } | LearningConfig::Frozen => None,
-        }
+impl UnitKind {
+    /// Whether its keys are quantized.
+    pub fn has_codebook(self) -> bool {
+        self != UnitKind::Quadratic
     }
 }
 
@@ -150,9 +136,14 @@ impl Default for ModelConfig {
             d_model: 192,
             n_layers: 4,
             n_heads: 1,
+            n_key_heads: None,
             d_k: 64,
             d_v: 384,
             n_codes: 128,
+            gate: true,
+            feed_forward: None,
+            units: vec![],
+            dropout: Dropout::default(),
             attention: VqAttention { block_len: 64, window: 64, ..VqAttention::default() },
             tied_embedding: false,
             absolute_positions: false,
@@ -184,13 +175,26 @@ impl ModelConfig {
             ("d_v", self.d_v),
             ("n_codes", self.n_codes),
         ];
-        for (what, size) in positive {
+        let optional = [
+            ("n_key_heads", self.n_key_heads),
+            ("feed_forward.width", self.feed_forward.map(|feed_forward| feed_forward.width)),
+        ];
+        let optional = optional.into_iter().filter_map(|(what, size)| Some((what, size?)));
+        for (what, size) in positive.into_iter().chain(optional) {
             if size == 0 || size > u32::MAX as usize {
                 return Err(Error::invalid(what, "between 1 and 2^32 - 1", size));
             }
         }
         if self.d_model % 2 == 1 {
             return Err(Error::invalid("d_model", "even (half sines, half cosines)", self.d_model));
+        }
+        if !self.n_heads.is_multiple_of(self.key_heads()) {
+            let expected = format!("a divisor of n_heads = {}", self.n_heads);
+            return Err(Error::invalid("n_key_heads", expected, self.key_heads()));
+        }
+        if self.units.len() > self.n_layers {
+            let expected = format!("at most n_layers = {} kinds", self.n_layers);
+            return Err(Error::invalid("units", expected, self.units.len()));
         }
         self.attention.validate()?;
         if !self.logit_scale.is_finite() {
@@ -206,34 +210,8 @@ impl ModelConfig {
             return Err(Error::invalid("codebook_decay", "between 0 and 1", self.codebook_decay));
         }
         self.estimator.validate()?;
-        if let LearningConfig::Ema { smoothing } = self.learning {
-            smoothing.validate()?;
-        }
-        if let Some(Revival { ratio, every }) = self.revival {
-            if !matches!(self.learning, LearningConfig::Ema { .. }) {
-                let got = format!("learning by {:?}", self.learning);
-                return Err(Error::invalid(
-                    "revival",
-                    "none, unless codebooks learn by moving averages",
-                    got,
-                ));
-            }
-            if !(0.0..1.0).contains(&ratio) {
-                return Err(Error::invalid("revival.ratio", "0 or more, and below 1", ratio));
-            }
-            if every == 0 {
-                return Err(Error::invalid("revival.every", "at least 1", every));
-            }
-        }
-        if let (CodebookStart::KMeans { .. }, LearningConfig::Linear { .. }) = (self.start, &self.learning) {
-            let expected = "random, for codewords that are a basis times a matrix";
-            return Err(Error::invalid("start", expected, "k-means"));
-        }
-        if let Some(CodewordGradient { codebook_weight, .. }) = self.learning.gradient()
-            && !(codebook_weight.is_finite() && codebook_weight >= 0.0)
-        {
-            return Err(Error::invalid("codebook_weight", "finite and not negative", codebook_weight));
-        }
+        self.validate_learning()?;
+        self.dropout.validate()?;
         if let LearningConfig::Linear { d_basis, .. } = self.learning {
             if d_basis == 0 || d_basis > u32::MAX as usize {
                 return Err(Error::invalid("d_basis", "between 1 and 2^32 - 1", d_basis));
@@ -242,6 +220,8 @@ impl ModelConfig {
             checked_len("codebook weights", &[self.n_layers, self.n_heads, self.d_k, d_basis])?;
         }
         let widest = self.d_k.max(self.d_v);
+        let width = self.feed_forward.map_or(0, |feed_forward| feed_forward.width);
+        checked_len("feed_forward", &[self.n_layers, self.d_model, width])?;
         checked_len("embedding", &[self.vocab_size, self.d_model])?;
         checked_len("projections", &[self.n_layers, self.d_model, self.n_heads, widest])?;
         checked_len("codebooks", &[self.n_layers, self.n_heads, self.n_codes, widest])?;
@@ -249,33 +229,19 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Numbers that the optimizer moves in such a model: without codebooks that learn otherwise.
-    pub fn n_parameters(&self) -> u128 {
-        // Sizes of an invalid configuration may have no product: the sum is then as large as can be.
-        let size =
-            |sizes: &[usize]| sizes.iter().fold(1u128, |product, &n| product.saturating_mul(n as u128));
-        let (d, h, n, vocab) = (self.d_model, self.n_heads, self.n_layers, self.vocab_size);
-        let parts = [
-            size(&[vocab, d]),
-            u128::from(self.absolute_positions),
-            size(&[n, 2, d]),
-            size(&[n, 3, d, h, self.d_k]),
-            size(&[n, 3, d, h, self.d_v]),
-            size(&[n, 2, h, self.d_k]),
-            if self.final_norm { size(&[2, d]) } else { 0 },
-            if self.tied_embedding { 0 } else { size(&[d, vocab]) },
-            size(&[vocab]),
-            match self.learning {
-                LearningConfig::Ema { .. } | LearningConfig::Frozen => 0,
-                LearningConfig::Gradient(_) => size(&[n, h, self.n_codes, self.d_k]),
-                LearningConfig::Linear { d_basis, learned_basis, bias, .. } => {
-                    let basis = if learned_basis { size(&[n, h, self.n_codes, d_basis]) } else { 0 };
-                    let bias = if bias { size(&[n, h, self.d_k]) } else { 0 };
-                    size(&[n, h, self.d_k, d_basis]).saturating_add(basis).saturating_add(bias)
-                }
-            },
-        ];
-        parts.into_iter().fold(0, u128::saturating_add)
+    /// What the attention of a unit is.
+    pub fn unit(&self, unit: usize) -> UnitKind {
+        unit.checked_rem(self.units.len()).map_or(UnitKind::Vq, |i| self.units[i])
+    }
+
+    /// The units that have a codebook.
+    pub fn codebook_units(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.n_layers).filter(|&unit| self.unit(unit).has_codebook())
+    }
+
+    /// Hk: heads of keys and values.
+    pub fn key_heads(&self) -> usize {
+        self.n_key_heads.unwrap_or(self.n_heads)
     }
 
     /// K^(-1/4): the factor on queries, keys and relative biases.

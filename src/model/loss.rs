@@ -11,7 +11,7 @@
 use ndarray::ArrayView2;
 
 use super::transformer::{check_tokens, flat};
-use super::{LayerReport, ModelState, Parameters, Transformer};
+use super::{DropoutSeed, LayerReport, ModelState, Parameters, Transformer};
 use crate::error::check_shape;
 use crate::ops::cross_entropy;
 use crate::{Error, Scalar};
@@ -48,12 +48,27 @@ impl<T: Scalar> Transformer<T> {
         mask: Option<ArrayView2<'_, bool>>,
         state: &mut ModelState<T>,
     ) -> Result<LossAndGradients<T>, Error> {
+        self.loss_and_gradients_dropping(tokens, targets, mask, state, None)
+    }
+
+    /// [`loss_and_gradients`](Self::loss_and_gradients) with dropout as the configuration says, if there is a seed.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn loss_and_gradients_dropping(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<LossAndGradients<T>, Error> {
         if tokens.is_empty() {
             return Err(Error::Empty { what: "tokens" });
         }
         check_shape("targets", tokens.shape(), targets.shape())?;
         check_tokens("targets", targets, mask.as_ref(), self.config().vocab_size)?;
-        let (logits, layers, saved) = self.forward(tokens, mask, state)?;
+        let (logits, layers, saved) = self.forward_dropping(tokens, mask, state, dropout)?;
         let (b, t, vocab) = logits.dim();
         let logits = logits.into_shape_with_order((b * t, vocab)).expect("contiguous");
         let counted = mask.map(|mask| flat(&mask.to_owned()));

@@ -3,6 +3,37 @@
 //! ```text
 //! tokens -> embedding -> unit -> unit -> ... -> norm -> logits
 //!                        | norm, projections, attention over the codebook, gate, residual
+//!                        | norm, feed-forward, residual                                      if the configuration has it
+//! ```
+//!
+//! One configuration describes the published gated unit, the usual Transformer, and what lies between:
+//!
+//! | for | set |
+//! |---|---|
+//! | the published model: one gated head, no feed-forward | nothing, or [`ModelConfig::enwik8`] and its like |
+//! | multi-head attention | `n_heads`, `gate: false` |
+//! | grouped or multi-query heads | `n_key_heads` |
+//! | a feed-forward branch | `feed_forward` |
+//! | exact quadratic attention, windows, or a mix of both with linear units | `units` |
+//! | dropout | `dropout` |
+//!
+//! ```
+//! use transformer_vq::model::{FeedForward, FeedForwardKind, ModelConfig, Transformer, UnitKind};
+//!
+//! // Eight query heads for two key heads, SwiGLU, and every other unit of linear attention replaced by a window.
+//! let config = ModelConfig {
+//!     n_heads: 8,
+//!     n_key_heads: Some(2),
+//!     d_v: 64,
+//!     gate: false,
+//!     feed_forward: Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 512 }),
+//!     units: vec![UnitKind::Vq, UnitKind::Window],
+//!     ..ModelConfig::default()
+//! };
+//! let model = Transformer::new(config.clone(), 1)?;
+//! assert_eq!(model.parameters().len() as u128, config.n_parameters());
+//! assert_eq!(model.new_state(1)?.size_in_bytes() as u128, config.state_bytes(1, 1_000_000, size_of::<f32>()));
+//! # Ok::<(), transformer_vq::Error>(())
 //! ```
 //!
 //! Read in this order: [`ModelConfig`], `layer`, [`Transformer`].
@@ -11,21 +42,31 @@ mod atomic_file;
 pub(crate) mod checkpoint;
 mod codebooks;
 mod config;
+mod dropout;
 mod layer;
+mod learning;
 mod loss;
 mod parameters;
+mod passes;
 mod prepared;
+mod presets;
 pub mod published;
+mod sizes;
 mod state;
 mod tensor_file;
 mod transformer;
 
 pub use atomic_file::write_atomically;
-pub use config::{CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival};
+pub use config::{FeedForward, FeedForwardKind, ModelConfig, UnitKind};
+pub use dropout::{Dropout, DropoutSeed};
 pub use layer::{LayerReport, PieceReport};
+pub use learning::{CodebookStart, CodewordGradient, LearningConfig, Revival};
 pub use loss::LossAndGradients;
-pub use parameters::{LayerParameters, NormParameters, Parameter, ParameterMut, Parameters};
+pub use parameters::{
+    FeedForwardParameters, LayerParameters, NormParameters, Parameter, ParameterMut, Parameters,
+};
+pub use passes::Saved;
 pub use prepared::Prepared;
-pub use state::ModelState;
+pub use state::{ModelState, UnitState};
 pub use tensor_file::{Tensor, TensorFile};
-pub use transformer::{Saved, Transformer};
+pub use transformer::Transformer;

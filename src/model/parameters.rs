@@ -4,7 +4,7 @@ use ndarray::{Array, Array1, Array2, Array3, ArrayView, ArrayViewD, ArrayViewMut
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use super::{LearningConfig, ModelConfig};
+use super::{FeedForward, FeedForwardKind, LearningConfig, ModelConfig};
 use crate::codebook::CodebookParameters;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
@@ -26,20 +26,20 @@ pub struct Parameters<T> {
     pub output_bias: Array1<T>,
 }
 
-/// The learned arrays of one gated unit. Heads lie side by side: head h is columns hK..hK+K (hV..hV+V).
+/// The learned arrays of one unit. Heads lie side by side: head h is columns hK..hK+K (hV..hV+V).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerParameters<T> {
     /// Before the projections.
     pub norm: NormParameters<T>,
     /// Queries [D, H K].
     pub w_q: Array2<T>,
-    /// Keys [D, H K].
+    /// Keys [D, Hk K].
     pub w_k: Array2<T>,
-    /// Values [D, H V].
+    /// Values [D, Hk V].
     pub w_v: Array2<T>,
-    /// Gate [D, H V].
-    pub w_gate: Array2<T>,
-    /// Relative sinusoids [D, H K].
+    /// Gate [D, H V], if the model has it.
+    pub w_gate: Option<Array2<T>>,
+    /// Relative sinusoids [D, Hk K].
     pub w_relative: Array2<T>,
     /// Back to the residual stream [H V, D].
     pub w_out: Array2<T>,
@@ -49,6 +49,21 @@ pub struct LayerParameters<T> {
     pub position_bias: Array2<T>,
     /// Of the codebook, if it learns by gradient.
     pub codebook: CodebookParameters<T>,
+    /// Of the second branch, if the model has it.
+    pub feed_forward: Option<FeedForwardParameters<T>>,
+}
+
+/// The learned arrays of a feed-forward branch of width F.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FeedForwardParameters<T> {
+    /// Before the projections.
+    pub norm: NormParameters<T>,
+    /// [D, F].
+    pub w_in: Array2<T>,
+    /// Of SwiGLU [D, F].
+    pub w_gate: Option<Array2<T>>,
+    /// Back to the residual stream [F, D].
+    pub w_out: Array2<T>,
 }
 
 /// Gain and bias of an RMS norm.
@@ -90,17 +105,10 @@ impl Parameters<f32> {
         fill_normal(&mut parameters.embedding, 1.0, rng);
         for layer in &mut parameters.layers {
             layer.norm.gain.fill(1.0);
-            let matrices = [
-                (&mut layer.w_q, d_model),
-                (&mut layer.w_k, d_model),
-                (&mut layer.w_v, d_model),
-                (&mut layer.w_gate, d_model),
-                (&mut layer.w_relative, d_model),
-                (&mut layer.w_out, n_heads * d_v),
-            ];
-            for (matrix, fan_in) in matrices {
-                fill_normal(matrix, (fan_in as f64).sqrt().recip(), rng);
-            }
+            let LayerParameters { w_q, w_k, w_v, w_gate, w_relative, w_out, .. } = layer;
+            let inputs = [w_q, w_k, w_v].into_iter().chain(w_gate).chain([w_relative]);
+            inputs.for_each(|matrix| fill_for(matrix, d_model, rng));
+            fill_for(w_out, n_heads * d_v, rng);
             // Codewords start about as long as keys are; see `codebooks`.
             let CodebookParameters { codewords, basis, weight, .. } = &mut layer.codebook;
             if let Some(basis) = basis {
@@ -110,15 +118,26 @@ impl Parameters<f32> {
             for scaled in [codewords, weight].into_iter().flatten() {
                 fill_normal(scaled, config.key_scale(), rng);
             }
+            if let Some(FeedForwardParameters { norm, w_in, w_gate, w_out }) = &mut layer.feed_forward {
+                norm.gain.fill(1.0);
+                let width = w_in.ncols();
+                [w_in].into_iter().chain(w_gate).for_each(|matrix| fill_for(matrix, d_model, rng));
+                fill_for(w_out, width, rng);
+            }
         }
         if let Some(norm) = &mut parameters.final_norm {
             norm.gain.fill(1.0);
         }
         if let Some(output) = &mut parameters.output {
-            fill_normal(output, (d_model as f64).sqrt().recip(), rng);
+            fill_for(output, d_model, rng);
         }
         parameters
     }
+}
+
+/// Numbers from N(0, 1 / fan_in).
+fn fill_for(matrix: &mut Array2<f32>, fan_in: usize, rng: &mut ChaCha8Rng) {
+    fill_normal(matrix, (fan_in as f64).sqrt().recip(), rng);
 }
 
 /// Numbers from N(0, deviation^2).
@@ -137,22 +156,34 @@ impl<T: Scalar> Parameters<T> {
     pub(crate) fn zeros(config: &ModelConfig) -> Self {
         let ModelConfig { vocab_size, d_model, n_layers, n_heads, d_k, d_v, .. } = *config;
         let norm = || NormParameters { gain: Array1::zeros(d_model), bias: Array1::zeros(d_model) };
-        let layer = || LayerParameters {
+        let key_heads = config.key_heads();
+        let feed_forward = |FeedForward { kind, width }| FeedForwardParameters {
+            norm: norm(),
+            w_in: Array2::zeros((d_model, width)),
+            w_gate: (kind == FeedForwardKind::SwiGlu).then(|| Array2::zeros((d_model, width))),
+            w_out: Array2::zeros((width, d_model)),
+        };
+        let layer = |unit: usize| LayerParameters {
             norm: norm(),
             w_q: Array2::zeros((d_model, n_heads * d_k)),
-            w_k: Array2::zeros((d_model, n_heads * d_k)),
-            w_v: Array2::zeros((d_model, n_heads * d_v)),
-            w_gate: Array2::zeros((d_model, n_heads * d_v)),
-            w_relative: Array2::zeros((d_model, n_heads * d_k)),
+            w_k: Array2::zeros((d_model, key_heads * d_k)),
+            w_v: Array2::zeros((d_model, key_heads * d_v)),
+            w_gate: config.gate.then(|| Array2::zeros((d_model, n_heads * d_v))),
+            w_relative: Array2::zeros((d_model, key_heads * d_k)),
             w_out: Array2::zeros((n_heads * d_v, d_model)),
             content_bias: Array2::zeros((n_heads, d_k)),
             position_bias: Array2::zeros((n_heads, d_k)),
-            codebook: zero_codebook(config),
+            codebook: if config.unit(unit).has_codebook() {
+                zero_codebook(config)
+            } else {
+                CodebookParameters::default()
+            },
+            feed_forward: config.feed_forward.map(feed_forward),
         };
         Parameters {
             embedding: Array2::zeros((vocab_size, d_model)),
             position_scale: config.absolute_positions.then(|| Array1::zeros(1)),
-            layers: (0..n_layers).map(|_| layer()).collect(),
+            layers: (0..n_layers).map(layer).collect(),
             final_norm: config.final_norm.then(norm),
             output: (!config.tied_embedding).then(|| Array2::zeros((d_model, vocab_size))),
             output_bias: Array1::zeros(vocab_size),
@@ -174,13 +205,24 @@ impl<T: Scalar> Parameters<T> {
             add("w_q", true, dynamic(&layer.w_q));
             add("w_k", true, dynamic(&layer.w_k));
             add("w_v", true, dynamic(&layer.w_v));
-            add("w_gate", true, dynamic(&layer.w_gate));
+            if let Some(w_gate) = &layer.w_gate {
+                add("w_gate", true, dynamic(w_gate));
+            }
             add("w_relative", true, dynamic(&layer.w_relative));
             add("w_out", true, dynamic(&layer.w_out));
             add("content_bias", false, dynamic(&layer.content_bias));
             add("position_bias", false, dynamic(&layer.position_bias));
             for (name, value) in layer.codebook.views() {
                 add(&format!("codebook.{name}"), false, value);
+            }
+            if let Some(FeedForwardParameters { norm, w_in, w_gate, w_out }) = &layer.feed_forward {
+                add("feed_forward.norm.gain", false, dynamic(&norm.gain));
+                add("feed_forward.norm.bias", false, dynamic(&norm.bias));
+                add("feed_forward.w_in", true, dynamic(w_in));
+                if let Some(w_gate) = w_gate {
+                    add("feed_forward.w_gate", true, dynamic(w_gate));
+                }
+                add("feed_forward.w_out", true, dynamic(w_out));
             }
         }
         if let Some(norm) = &self.final_norm {
@@ -206,13 +248,20 @@ impl<T: Scalar> Parameters<T> {
                 dynamic_mut(&mut layer.w_q),
                 dynamic_mut(&mut layer.w_k),
                 dynamic_mut(&mut layer.w_v),
-                dynamic_mut(&mut layer.w_gate),
+            ]);
+            values.extend(layer.w_gate.as_mut().map(dynamic_mut));
+            values.extend([
                 dynamic_mut(&mut layer.w_relative),
                 dynamic_mut(&mut layer.w_out),
                 dynamic_mut(&mut layer.content_bias),
                 dynamic_mut(&mut layer.position_bias),
             ]);
             values.extend(layer.codebook.views_mut().into_iter().map(|(_, value)| value));
+            if let Some(FeedForwardParameters { norm, w_in, w_gate, w_out }) = &mut layer.feed_forward {
+                values.extend([dynamic_mut(&mut norm.gain), dynamic_mut(&mut norm.bias), dynamic_mut(w_in)]);
+                values.extend(w_gate.as_mut().map(dynamic_mut));
+                values.push(dynamic_mut(w_out));
+            }
         }
         if let Some(norm) = &mut self.final_norm {
             values.extend([dynamic_mut(&mut norm.gain), dynamic_mut(&mut norm.bias)]);
@@ -253,7 +302,7 @@ impl<T: Scalar> Parameters<T> {
 
 /// What the optimizer moves of a codebook, all zero.
 fn zero_codebook<T: Scalar>(config: &ModelConfig) -> CodebookParameters<T> {
-    let ModelConfig { n_heads, n_codes, d_k, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, .. }) = (config.key_heads(), config);
     match config.learning {
         LearningConfig::Ema { .. } | LearningConfig::Frozen => CodebookParameters::default(),
         LearningConfig::Gradient(_) => CodebookParameters {

@@ -38,7 +38,9 @@ pub struct Prepared<'m, T = f32> {
 impl<'m, T: Scalar> Prepared<'m, T> {
     /// Ready for one piece: without copies of the weights.
     pub(super) fn for_one_piece(model: &'m Transformer<T>) -> Result<Self, Error> {
-        let layers = model.prepare_layers(model.distances()?.view())?;
+        let distances = model.distances()?;
+        let prepare = |unit| model.prepare_layer(unit, distances.view());
+        let layers = (0..model.config().n_layers).map(prepare).collect::<Result<_, _>>()?;
         Ok(Prepared { model, layers, output: None })
     }
 
@@ -69,8 +71,8 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         self.model.check(tokens, state)?;
         let mut x = self.model.embed(tokens, state.position())?;
         let mut reports = vec![];
-        for (layer, states) in self.model.layers(&self.layers).zip(&mut state.layers) {
-            let (y, report) = layer.push(x, states)?;
+        for (unit, (prepared, states)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+            let (y, report) = self.model.layer(unit, prepared).push(x, states)?;
             x = y;
             reports.push(report);
         }

@@ -20,7 +20,7 @@ use ndarray::{Array, ArrayD, Axis, Dimension, concatenate, s};
 use serde::Deserialize;
 
 use super::parameters::{LayerParameters, NormParameters, Parameters};
-use super::{CodebookStart, LearningConfig, ModelConfig, Transformer};
+use super::{CodebookStart, Dropout, LearningConfig, ModelConfig, Transformer, UnitKind};
 use crate::attention::VqAttention;
 use crate::codebook::{Ema, Estimator, Learning};
 use crate::error::check_shape;
@@ -70,9 +70,14 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
         d_model: published.d_model,
         n_layers: n_layers.ok_or_else(|| Error::invalid("n_layer", "a count", published.n_layer))?,
         n_heads: published.n_head,
+        n_key_heads: None,
         d_k: published.d_k,
         d_v: published.d_v,
         n_codes: published.n_code,
+        gate: true,
+        feed_forward: None,
+        units: vec![],
+        dropout: Dropout::default(),
         attention: VqAttention {
             block_len: published.block_len,
             window: published.mem_len,
@@ -98,8 +103,9 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
 /// A model's parameters and codebook states by their published names.
 ///
 /// # Errors
-/// [`Error::Invalid`] for codebooks that do not learn as the published ones do: by moving averages with the count clamp. There
-/// are no names for others.
+/// [`Error::Invalid`] for units that are not built as the published ones are (gated, no feed-forward branch, as many key heads as
+/// query heads), and for codebooks that do not learn as they do: by moving averages with the count clamp. There are no names for
+/// others.
 pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error> {
     let mut tensors = parameters_to_tensors(model.config(), model.parameters())?;
     for (i, learning) in model.learning().iter().enumerate() {
@@ -110,8 +116,16 @@ pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error
     Ok(tensors)
 }
 
-/// Checks that codebooks learn as the published ones do.
-fn check_learning(config: &ModelConfig) -> Result<(), Error> {
+/// Checks that units are built, and codebooks learn, as the published ones do.
+fn check_published(config: &ModelConfig) -> Result<(), Error> {
+    let ModelConfig { n_heads, gate, feed_forward, .. } = *config;
+    let of_one_kind = (0..config.n_layers).all(|unit| config.unit(unit) == UnitKind::Vq);
+    if config.key_heads() != n_heads || !gate || feed_forward.is_some() || !of_one_kind {
+        let expected = "gated, with as many key heads as query heads and no feed-forward branch: other units have no \
+                        published names";
+        let got = format!("{} of {n_heads} key heads, gate {gate}, {feed_forward:?}", config.key_heads());
+        return Err(Error::invalid("units", expected, got));
+    }
     if config.learning == LearningConfig::default() { Ok(()) } else { Err(other_learning(config)) }
 }
 
@@ -128,7 +142,7 @@ pub fn parameters_to_tensors<T: Scalar>(
     config: &ModelConfig,
     parameters: &Parameters<T>,
 ) -> Result<Tensors<T>, Error> {
-    check_learning(config)?;
+    check_published(config)?;
     let mut tensors = Tensors::new();
     let mut add = |name: String, array: ArrayD<T>| tensors.insert(name, array);
     add("token_embedder.embs".into(), parameters.embedding.clone().into_dyn());
@@ -149,7 +163,8 @@ pub fn parameters_to_tensors<T: Scalar>(
     }
     for (i, layer) in parameters.layers.iter().enumerate() {
         let mut add = |name: &str, array: ArrayD<T>| add(format!("{}.{name}", unit(i)), array);
-        let parts = [layer.w_k.view(), layer.w_v.view(), layer.w_gate.view()];
+        let parts: Vec<_> =
+            [&layer.w_k, &layer.w_v].into_iter().chain(&layer.w_gate).map(|w| w.view()).collect();
         let kvg = concatenate(Axis(1), &parts).expect("one row per dimension of the model");
         let flat =
             |bias: &ndarray::Array2<T>| bias.iter().copied().collect::<ndarray::Array1<T>>().into_dyn();
@@ -176,7 +191,7 @@ pub fn from_tensors<T: Scalar>(
     mut tensors: Tensors<T>,
 ) -> Result<Transformer<T>, Error> {
     config.validate()?;
-    check_learning(&config)?;
+    check_published(&config)?;
     let mut parameters = Parameters::zeros(&config);
     let source = &mut tensors;
     take(source, "token_embedder.embs", &mut parameters.embedding)?;
@@ -229,7 +244,9 @@ fn take_unit<T: Scalar>(
     take(tensors, &name("kvg_proj.kernel"), &mut kvg)?;
     layer.w_k.assign(&kvg.slice(s![.., ..keys]));
     layer.w_v.assign(&kvg.slice(s![.., keys..keys + values]));
-    layer.w_gate.assign(&kvg.slice(s![.., keys + values..]));
+    if let Some(w_gate) = &mut layer.w_gate {
+        w_gate.assign(&kvg.slice(s![.., keys + values..]));
+    }
     for (name, bias) in [(name("u"), &mut layer.content_bias), (name("v"), &mut layer.position_bias)] {
         let mut flat = ndarray::Array1::zeros(keys);
         take(tensors, &name, &mut flat)?;

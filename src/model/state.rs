@@ -1,62 +1,162 @@
 //! What a model carries from one piece of its sequences to the next.
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2, s};
 
-use super::ModelConfig;
+use super::{ModelConfig, UnitKind};
 use crate::attention::AttentionState;
+use crate::attention::quadratic::KeyValues;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
-/// The attention states of all units and heads for a batch of sequences: constant in length.
+/// The attention states of one unit, by sequence and key head.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum UnitState<T> {
+    /// Of attention over quantized keys [B, Hk]: constant in length.
+    Quantized(Array2<AttentionState<T>>),
+    /// Of exact quadratic attention [B, Hk]: all keys and values.
+    Quadratic(Array2<KeyValues<T>>),
+}
+
+impl<T> From<Array2<AttentionState<T>>> for UnitState<T> {
+    fn from(states: Array2<AttentionState<T>>) -> Self {
+        UnitState::Quantized(states)
+    }
+}
+
+impl<T> From<Array2<KeyValues<T>>> for UnitState<T> {
+    fn from(states: Array2<KeyValues<T>>) -> Self {
+        UnitState::Quadratic(states)
+    }
+}
+
+impl<T: Scalar> UnitState<T> {
+    /// The states [B, Hk] of attention over quantized keys, if it is that.
+    pub fn quantized(&self) -> Option<ArrayView2<'_, AttentionState<T>>> {
+        match self {
+            UnitState::Quantized(states) => Some(states.view()),
+            UnitState::Quadratic(_) => None,
+        }
+    }
+
+    /// The states [B, Hk] of exact attention, if it is that.
+    pub fn quadratic(&self) -> Option<ArrayView2<'_, KeyValues<T>>> {
+        match self {
+            UnitState::Quadratic(states) => Some(states.view()),
+            UnitState::Quantized(_) => None,
+        }
+    }
+
+    /// [B, Hk].
+    pub fn dim(&self) -> (usize, usize) {
+        match self {
+            UnitState::Quantized(states) => states.dim(),
+            UnitState::Quadratic(states) => states.dim(),
+        }
+    }
+
+    /// The states of one sequence, as those of a batch of one.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn of_sequence(&self, sequence: usize) -> Result<Self, Error> {
+        let batch = self.dim().0;
+        if sequence >= batch {
+            let got = sequence as u64;
+            return Err(Error::OutOfRange { what: "sequence", index: vec![], got, limit: batch });
+        }
+        let rows = s![sequence..=sequence, ..];
+        Ok(match self {
+            UnitState::Quantized(states) => UnitState::Quantized(states.slice(rows).to_owned()),
+            UnitState::Quadratic(states) => UnitState::Quadratic(states.slice(rows).to_owned()),
+        })
+    }
+
+    fn positions(&self) -> Vec<u64> {
+        match self {
+            UnitState::Quantized(states) => states.iter().map(AttentionState::position).collect(),
+            UnitState::Quadratic(states) => states.iter().map(KeyValues::position).collect(),
+        }
+    }
+
+    fn size_in_bytes(&self) -> usize {
+        match self {
+            UnitState::Quantized(states) => states.iter().map(AttentionState::size_in_bytes).sum(),
+            UnitState::Quadratic(states) => states.iter().map(KeyValues::size_in_bytes).sum(),
+        }
+    }
+}
+
+/// The attention states of all units and key heads for a batch of sequences: constant in length, but for units of exact
+/// quadratic attention.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelState<T> {
-    /// One [B, H] per unit.
-    pub(crate) layers: Vec<Array2<AttentionState<T>>>,
+    /// One per unit.
+    pub(crate) layers: Vec<UnitState<T>>,
 }
 
 impl<T: Scalar> ModelState<T> {
-    /// A state from its parts: one [B, H] per unit.
+    /// A state from its parts, one per unit.
     ///
     /// # Errors
     /// [`Error::Empty`] without units or states, [`Error::Invalid`] if they are not at one position.
-    pub fn from_parts(layers: Vec<Array2<AttentionState<T>>>) -> Result<Self, Error> {
-        let first = layers.first().and_then(|states| states.first());
-        let position = first.ok_or(Error::Empty { what: "states" })?.position();
-        let all = || layers.iter().flat_map(|states| states.iter());
-        match all().find(|state| state.position() != position) {
-            Some(other) => Err(Error::invalid("position of a state", position.to_string(), other.position())),
+    pub fn from_parts(layers: Vec<UnitState<T>>) -> Result<Self, Error> {
+        let all = || layers.iter().flat_map(|states| states.positions());
+        if layers.iter().any(|states| states.positions().is_empty()) || layers.is_empty() {
+            return Err(Error::Empty { what: "states" });
+        }
+        let position = all().next().expect("not empty");
+        match all().find(|&other| other != position) {
+            Some(other) => Err(Error::invalid("position of a state", position.to_string(), other)),
             None => Ok(ModelState { layers }),
         }
     }
 
-    /// One [B, H] per unit.
-    pub fn layers(&self) -> &[Array2<AttentionState<T>>] {
+    /// One per unit.
+    pub fn layers(&self) -> &[UnitState<T>] {
         &self.layers
     }
 
     /// Tokens seen so far, per sequence.
     pub fn position(&self) -> u64 {
-        self.layers[0][[0, 0]].position()
+        match &self.layers[0] {
+            UnitState::Quantized(states) => states[[0, 0]].position(),
+            UnitState::Quadratic(states) => states[[0, 0]].position(),
+        }
     }
 
     /// B.
     pub fn batch(&self) -> usize {
-        self.layers[0].nrows()
+        self.layers[0].dim().0
     }
 
-    /// Bytes of memory, the same at any position.
+    /// Bytes of memory: the same at any position, unless a unit's attention is quadratic.
     pub fn size_in_bytes(&self) -> usize {
-        let states = self.layers.iter().flat_map(|states| states.iter());
-        states.map(AttentionState::size_in_bytes).sum()
+        self.layers.iter().map(UnitState::size_in_bytes).sum()
     }
 
     /// Checks that this state was made for such a model and batch.
     pub(super) fn check(&self, config: &ModelConfig, batch: usize) -> Result<(), Error> {
         check_shape("state", &[config.n_layers], &[self.layers.len()])?;
-        for states in &self.layers {
-            check_shape("state", &[batch, config.n_heads], states.shape())?;
-            for state in states {
-                state.check(config.n_codes, config.d_k, config.d_v, config.attention.window)?;
+        for (unit, states) in self.layers.iter().enumerate() {
+            let (b, n_key_heads) = states.dim();
+            check_shape("state", &[batch, config.key_heads()], &[b, n_key_heads])?;
+            let ModelConfig { n_codes, d_k, d_v, .. } = *config;
+            match (states, config.unit(unit)) {
+                (UnitState::Quantized(states), UnitKind::Vq | UnitKind::Window) => {
+                    let window = config.attention.window;
+                    states.iter().try_for_each(|state| state.check(n_codes, d_k, d_v, window))?;
+                }
+                (UnitState::Quadratic(states), UnitKind::Quadratic) => {
+                    for state in states {
+                        check_shape("state.k", &[state.keys().nrows(), d_k], state.keys().shape())?;
+                        check_shape("state.v", &[state.values().nrows(), d_v], state.values().shape())?;
+                    }
+                }
+                (_, kind) => {
+                    let expected = format!("of {kind:?} attention in unit {unit}");
+                    return Err(Error::invalid("state", expected, "that of another kind"));
+                }
             }
         }
         Ok(())

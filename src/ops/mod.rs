@@ -11,7 +11,9 @@
 //! order, so that the result has the same bits for any number of threads; few rows stay on the calling thread.
 
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
+pub mod gelu;
 pub mod linear;
 pub(crate) mod matmul;
 pub mod positions;
@@ -66,6 +68,8 @@ mod tests {
             silu::gate(x, g).unwrap(),
             d_o,
             d_g,
+            gelu::forward(x).unwrap(),
+            gelu::backward(x, d_y).unwrap(),
             linear::forward(x, w, Some(gain)).unwrap(),
             d_x,
             d_w,

@@ -135,7 +135,7 @@ fn derivative<T: Scalar>(fused: bool, x: T) -> T {
 
 /// s(x) and 1 - s(x), each to full relative precision: the exponent is never positive, and nothing is subtracted.
 #[inline(always)]
-fn sigmoid<T: Scalar>(fused: bool, x: T) -> (T, T) {
+pub(super) fn sigmoid<T: Scalar>(fused: bool, x: T) -> (T, T) {
     let e = (-x.abs()).exp_fast(fused);
     let large = T::one() / (T::one() + e);
     let small = e * large;

@@ -5,11 +5,12 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `adamw.m.<parameter>`, `adamw.v.<parameter>` | as the parameter | the optimizer's moments |
-//! | `state.<unit>.position` | [B, H] | tokens seen |
-//! | `state.<unit>.mean`, `.residual` | [B, H, S, V] | compressive cache |
-//! | `state.<unit>.count` | [B, H, S] | |
-//! | `state.<unit>.codes` | [B, H, M] | window, oldest first, zeros where no token has been yet |
-//! | `state.<unit>.k_hat`, `.v` | [B, H, M, K], [B, H, M, V] | |
+//! | `state.<unit>.position` | [B, Hk] | tokens seen |
+//! | `state.<unit>.mean`, `.residual` | [B, Hk, S, V] | compressive cache |
+//! | `state.<unit>.count` | [B, Hk, S] | |
+//! | `state.<unit>.codes` | [B, Hk, M] | window, oldest first, zeros where no token has been yet |
+//! | `state.<unit>.k_hat`, `.v` | [B, Hk, M, K], [B, Hk, M, V] | |
+//! | `state.<unit>.k`, `.v` | [B, Hk, P, K], [B, Hk, P, V] | of exact attention, in place of all but the position |
 //!
 //! Random streams are functions of a seed and a position (see [`Batches`](super::Batches)), so [`Progress`] holds them.
 
@@ -18,11 +19,12 @@ use std::path::Path;
 use ndarray::{Array, Array2, ArrayD, ArrayView, Axis, Dimension, Ix1, Ix2, s};
 use serde::{Deserialize, Serialize};
 
+use super::key_values::{self, KeyValueArrays};
 use super::trainer::{Moments, Trainer};
 use super::{AdamW, BatchConfig, Schedule};
 use crate::attention::{AttentionState, CompressiveCache, WindowKeys};
 use crate::model::checkpoint::{self, file_error, named, read_model, read_parameters, tensor};
-use crate::model::{ModelConfig, ModelState, Parameters, Tensor, TensorFile};
+use crate::model::{ModelConfig, ModelState, Parameters, Tensor, TensorFile, UnitKind, UnitState};
 use crate::{Error, Scalar};
 
 /// A count above this one is refused: there must be room to go on.
@@ -126,6 +128,10 @@ impl Progress {
 struct Training {
     optimizer: AdamW,
     steps: u64,
+    #[serde(default)]
+    dropout_seed: u64,
+    #[serde(default)]
+    sequence: u64,
     carries_state: bool,
     progress: Progress,
 }
@@ -135,17 +141,30 @@ pub(super) fn save<T: Scalar>(trainer: &Trainer<T>, folder: &Path, progress: &Pr
     let training = Training {
         optimizer: trainer.optimizer,
         steps: trainer.steps,
+        dropout_seed: trainer.dropout_seed,
+        sequence: trainer.sequence,
         carries_state: trainer.state.is_some(),
         progress: progress.clone(),
     };
     let training = serde_json::to_value(training)
         .map_err(|e| file_error(folder.into(), format!("cannot be described: {e}")))?;
-    let states =
-        trainer.state.as_ref().map_or(vec![], |state| state.layers().iter().map(StateArrays::new).collect());
+    let states = trainer.state.as_ref().map_or(vec![], |state| state.layers().to_vec());
+    let quantized: Vec<_> = states
+        .iter()
+        .map(|states| states.quantized().map(|states| StateArrays::new(&states.to_owned())))
+        .collect();
+    let quadratic: Vec<_> =
+        states.iter().map(|states| states.quadratic().map(|states| KeyValueArrays::new(states))).collect();
     let mut tensors = named("adamw.m", &trainer.moments.m)?;
     tensors.extend(named("adamw.v", &trainer.moments.v)?);
-    for (i, arrays) in states.iter().enumerate() {
-        tensors.extend(arrays.tensors(&format!("state.{i}"))?);
+    for (i, (quantized, quadratic)) in quantized.iter().zip(&quadratic).enumerate() {
+        let prefix = format!("state.{i}");
+        if let Some(arrays) = quantized {
+            tensors.extend(arrays.tensors(&prefix)?);
+        }
+        if let Some(arrays) = quadratic {
+            tensors.extend(arrays.tensors(&prefix)?);
+        }
     }
     checkpoint::write(folder, &trainer.model, tensors, Some(training))
 }
@@ -174,6 +193,8 @@ pub(super) fn load<T: Scalar>(folder: &Path) -> Result<(Trainer<T>, Progress), E
         optimizer: training.optimizer,
         moments: Moments { m, v },
         steps: training.steps,
+        dropout_seed: training.dropout_seed,
+        sequence: training.sequence,
         state,
         last_checkpoint: None,
     };
@@ -219,7 +240,7 @@ impl<T: Scalar> StateArrays<T> {
 }
 
 /// Arrays of one shape, one per state, as one array [B, H, ..].
-fn stacked<'a, E: Clone + 'a, D: Dimension, S>(
+pub(super) fn stacked<'a, E: Clone + 'a, D: Dimension, S>(
     states: &Array2<S>,
     parts: impl Iterator<Item = ArrayView<'a, E, D>>,
 ) -> ArrayD<E> {
@@ -249,11 +270,14 @@ fn padded<E: Clone + Default, D: Dimension, T, S>(
 
 /// What [`StateArrays`] has written, unit by unit.
 fn read_state<T: Scalar>(config: &ModelConfig, file: &TensorFile) -> Result<ModelState<T>, Error> {
-    let layers: Vec<Array2<_>> =
-        (0..config.n_layers).map(|i| read_states(config, i, file)).collect::<Result<_, Error>>()?;
+    let read = |i| match config.unit(i) {
+        UnitKind::Quadratic => key_values::read(config, i, file).map(UnitState::from),
+        _ => read_states(config, i, file).map(UnitState::from),
+    };
+    let layers: Vec<UnitState<T>> = (0..config.n_layers).map(read).collect::<Result<_, Error>>()?;
     let wrong = |problem: String| file_error(file.path().into(), format!("state: {problem}"));
     if let Some(i) = layers.iter().position(|states| states.dim() != layers[0].dim()) {
-        let (b, other) = (layers[0].nrows(), layers[i].nrows());
+        let (b, other) = (layers[0].dim().0, layers[i].dim().0);
         return Err(wrong(format!("{b} sequences in unit 0, {other} in unit {i}")));
     }
     ModelState::from_parts(layers).map_err(|e| wrong(e.to_string()))
@@ -265,7 +289,7 @@ fn read_states<T: Scalar>(
     unit: usize,
     file: &TensorFile,
 ) -> Result<Array2<AttentionState<T>>, Error> {
-    let ModelConfig { n_heads, n_codes, d_k, d_v, .. } = *config;
+    let (n_heads, &ModelConfig { n_codes, d_k, d_v, .. }) = (config.key_heads(), config);
     let window = config.attention.window;
     let wrong = |problem: String| file_error(file.path().into(), format!("state.{unit}: {problem}"));
     let name = |part: &str| format!("state.{unit}.{part}");

@@ -8,6 +8,7 @@
 mod adamw;
 mod batches;
 pub mod checkpoint;
+mod key_values;
 mod schedule;
 mod text;
 mod trainer;

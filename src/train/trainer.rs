@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use super::Batch;
 use super::adamw::{AdamW, sum_of_squares};
 use super::checkpoint::{self, Progress};
-use crate::model::{CodebookStart, ModelState, Parameters, Revival, Transformer};
+use crate::model::{CodebookStart, DropoutSeed, ModelState, Parameters, Revival, Transformer};
 use crate::{Error, Scalar};
 
 /// A model in training: its optimizer's moments and the state carried from batch to batch.
@@ -38,6 +38,10 @@ pub struct Trainer<T = f32> {
     pub(super) optimizer: AdamW,
     pub(super) moments: Moments<T>,
     pub(super) steps: u64,
+    /// Of dropout.
+    pub(super) dropout_seed: u64,
+    /// The step with which the sequences of the state began.
+    pub(super) sequence: u64,
     /// None before the first batch.
     pub(super) state: Option<ModelState<T>>,
     pub(super) last_checkpoint: Option<PathBuf>,
@@ -61,9 +65,9 @@ pub struct StepReport {
     pub commit_loss: f64,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
-    /// Perplexity of the codes of this batch, mean over heads, one per unit.
+    /// Perplexity of the codes of this batch, mean over heads, one per unit; 0 where a unit has no codebook.
     pub perplexity: Vec<f64>,
-    /// Fraction of codes that this batch used, mean over heads, one per unit.
+    /// Fraction of codes that this batch used, mean over heads, one per unit; 0 where a unit has no codebook.
     pub usage: Vec<f64>,
 }
 
@@ -76,7 +80,22 @@ impl<T: Scalar> Trainer<T> {
         optimizer.validate()?;
         let zeros = || model.zero_gradients();
         let moments = Moments { m: zeros(), v: zeros() };
-        Ok(Trainer { model, optimizer, moments, steps: 0, state: None, last_checkpoint: None })
+        Ok(Trainer {
+            model,
+            optimizer,
+            moments,
+            steps: 0,
+            dropout_seed: 0,
+            sequence: 0,
+            state: None,
+            last_checkpoint: None,
+        })
+    }
+
+    /// The same run with other masks of dropout; without this call, those of seed 0.
+    #[must_use]
+    pub fn with_dropout_seed(self, seed: u64) -> Self {
+        Trainer { dropout_seed: seed, ..self }
     }
 
     /// The model as it is now.
@@ -115,12 +134,14 @@ impl<T: Scalar> Trainer<T> {
             started.insert(self.model.clone()).start_codebooks(batch.tokens.view(), steps, 0)?;
         }
         let model = started.as_ref().unwrap_or(&self.model);
-        let mut state = match &self.state {
-            Some(state) if !batch.first => state.clone(),
-            _ => model.new_state(batch.tokens.nrows())?,
+        let (mut state, sequence) = match &self.state {
+            Some(state) if !batch.first => (state.clone(), self.sequence),
+            _ => (model.new_state(batch.tokens.nrows())?, self.steps),
         };
+        let dropout = DropoutSeed { seed: self.dropout_seed, step: self.steps, sequence };
         // (1)
-        let result = model.loss_and_gradients(batch.tokens.view(), batch.targets.view(), None, &mut state)?;
+        let (tokens, targets) = (batch.tokens.view(), batch.targets.view());
+        let result = model.loss_and_gradients_dropping(tokens, targets, None, &mut state, Some(dropout))?;
         let gradients = result.gradients.views();
         let gradient_norm = gradients.iter().map(|g| sum_of_squares(g.value.view())).sum::<f64>().sqrt();
         if !(result.total.is_finite() && gradient_norm.is_finite()) {
@@ -148,6 +169,7 @@ impl<T: Scalar> Trainer<T> {
             step.update(p.decay, p.value, g.value.view(), m.value, v.value);
         }
         self.state = Some(state);
+        self.sequence = sequence;
         self.steps += 1;
         let mean = |per_head: ndarray::Array1<f64>| per_head.mean().unwrap_or_default();
         Ok(StepReport {

@@ -5,7 +5,8 @@ use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{CodeStats, Estimator, Rotation, RotationScale, Smoothing};
 use transformer_vq::generate::{Generator, Sampler, Scorer, log_probabilities};
 use transformer_vq::model::{
-    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, ModelState, Revival, Transformer, published,
+    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, ModelState, Revival, Transformer,
+    UnitState, published,
 };
 
 use super::refused;
@@ -204,7 +205,9 @@ fn states_are_checked() {
     refused(model.new_state(1 << 58), "TooLarge", "states");
     refused(ModelState::<f32>::from_parts(vec![]), "Empty", "states");
     refused(
-        ModelState::<f32>::from_parts(vec![Array2::from_shape_vec((0, 2), vec![]).unwrap()]),
+        ModelState::<f32>::from_parts(vec![UnitState::Quantized(
+            Array2::from_shape_vec((0, 2), vec![]).unwrap(),
+        )]),
         "Empty",
         "states",
     );

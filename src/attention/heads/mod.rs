@@ -352,16 +352,6 @@ impl<T: Scalar> BatchInputs<'_, T> {
         self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, n_key_heads), k, attention.window))
     }
 
-    /// Hk.
-    fn n_key_heads(&self) -> usize {
-        self.k.len_of(Axis(1))
-    }
-
-    /// H / Hk: query heads that read one key head.
-    fn group(&self) -> usize {
-        self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
-    }
-
     /// The inputs of query head h of sequence b, as far as they exist.
     fn head<'s>(
         &'s self,

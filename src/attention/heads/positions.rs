@@ -1,4 +1,4 @@
-//! Which positions of a batch exist, which count, and whether their numbers are finite.
+//! Which key head a query head reads; which positions of a batch exist, which count, and whether their numbers are finite.
 
 use ndarray::{Array2, ArrayView3, ArrayView4, Axis, s};
 
@@ -20,6 +20,16 @@ impl<T: Scalar> BatchInputs<'_, T> {
         beyond.map_or(Ok(()), |len| {
             Err(Error::invalid("lengths", format!("at most {t}, the tokens there are"), len))
         })
+    }
+
+    /// Hk.
+    pub(super) fn n_key_heads(&self) -> usize {
+        self.k.len_of(Axis(1))
+    }
+
+    /// H / Hk: query heads that read one key head.
+    pub(super) fn group(&self) -> usize {
+        self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
     }
 
     /// Tokens of sequence b that exist.

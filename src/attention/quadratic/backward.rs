@@ -7,6 +7,7 @@ use fearless_simd::Simd;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use super::forward::{self, band};
 use crate::Scalar;
 use crate::attention::tile::{view, view_mut};
 use crate::ops::matmul::{PackedRows, add_product, product};
@@ -25,42 +26,54 @@ const SEGMENTS: usize = 8;
 
 /// What backward reads.
 pub(super) struct Given<'a, T> {
-    pub q: ArrayView2<'a, T>,
-    pub k: ArrayView2<'a, T>,
-    pub v: ArrayView2<'a, T>,
+    pub forward: forward::Given<'a, T>,
     pub d_out: ArrayView2<'a, T>,
     pub lse: &'a [T],
     /// `dO_i . o_i`.
     pub delta: &'a [T],
 }
 
-/// Gradients of checked inputs; what the buffers hold does not matter.
+/// Gradients of checked inputs, of all keys and values, those before the first query too; what the buffers hold does not matter.
+/// Returns those of the biases [T, M+1].
 pub(super) fn run<T: Scalar>(
     given: &Given<'_, T>,
     mut d_q: ArrayViewMut2<'_, T>,
     mut d_k: ArrayViewMut2<'_, T>,
     mut d_v: ArrayViewMut2<'_, T>,
-) {
-    let (t, width) = given.q.dim();
+) -> Option<Array2<T>> {
+    let (t, width) = given.forward.q.dim();
+    let past = given.forward.past();
     let mut tasks = vec![];
     let (mut k_rest, mut v_rest) = (d_k.view_mut(), d_v.view_mut());
-    for keys in segments(t) {
+    for keys in segments(past + t) {
         let (k, later_k) = k_rest.split_at(Axis(0), keys.len());
         let (v, later_v) = v_rest.split_at(Axis(0), keys.len());
         tasks.push((keys, k, v));
         (k_rest, v_rest) = (later_k, later_v);
     }
     let run = |(keys, d_k, d_v): (Range<usize>, _, _)| {
-        let mut d_q = Array2::zeros((t - keys.start, width));
-        run_segment(given, keys, d_q.view_mut(), d_k, d_v);
-        d_q
+        let first = keys.start.saturating_sub(past);
+        let mut d_q = Array2::zeros((t - first, width));
+        // Those that see the segment's last key at a distance with a bias, and all before them.
+        let mut d_biases = given.forward.biases.map(|biases| {
+            let end = t.min((keys.end + biases.ncols() - 1).saturating_sub(past));
+            Array2::zeros((end.saturating_sub(first), biases.ncols()))
+        });
+        run_segment(given, keys, d_q.view_mut(), d_biases.as_mut(), d_k, d_v);
+        (first, d_q, d_biases)
     };
     let sums: Vec<_> = tasks.into_par_iter().with_max_len(1).map(run).collect();
     d_q.fill(T::zero());
-    for sum in sums {
-        let mut d_q = d_q.slice_mut(s![t - sum.nrows().., ..]);
+    let mut d_biases = given.forward.biases.map(|biases| Array2::zeros(biases.raw_dim()));
+    for (first, sum, of_biases) in sums {
+        let mut d_q = d_q.slice_mut(s![first.., ..]);
         d_q += &sum;
+        if let (Some(d_biases), Some(sum)) = (&mut d_biases, of_biases) {
+            let mut d_biases = d_biases.slice_mut(s![first..first + sum.nrows(), ..]);
+            d_biases += &sum;
+        }
     }
+    d_biases
 }
 
 /// All keys, in segments that meet about as many queries each.
@@ -71,16 +84,18 @@ fn segments(t: usize) -> Vec<Range<usize>> {
     (1..=n).map(|m| end(m - 1)..if m < n { end(m) } else { t }).collect()
 }
 
-/// The keys of one segment against all queries from its first key on; `d_q` belongs to these.
+/// The keys of one segment against all queries from its first key on; `d_q` belongs to these, `d_biases` to the first of them.
 fn run_segment<T: Scalar>(
     given: &Given<'_, T>,
     segment: Range<usize>,
     mut d_q: ArrayViewMut2<'_, T>,
+    mut d_biases: Option<&mut Array2<T>>,
     mut d_k: ArrayViewMut2<'_, T>,
     mut d_v: ArrayViewMut2<'_, T>,
 ) {
-    let &Given { q, k, v, d_out, lse, delta } = given;
-    let ((t, d_key), d_value) = (q.dim(), v.ncols());
+    let &Given { forward: forward::Given { q, k, v, biases }, d_out, lse, delta } = given;
+    let ((t, d_key), d_value, past) = (q.dim(), v.ncols(), given.forward.past());
+    let first = segment.start.saturating_sub(past);
     let mut k_t = Rows::zeros(d_key * BLOCK / LANES);
     let mut v_t = Rows::zeros(d_value * BLOCK / LANES);
     let rows = TILE.min(t);
@@ -94,12 +109,13 @@ fn run_segment<T: Scalar>(
             transpose(k.slice(s![keys(n), ..]), &mut k_t[n * d_key..]);
             transpose(v.slice(s![keys(n), ..]), &mut v_t[n * d_value..]);
         }
-        for first_query in (start..t).step_by(TILE) {
+        for first_query in (start.saturating_sub(past)..t).step_by(TILE) {
             let last_query = t.min(first_query + TILE);
             packed.set_rows(0, d_out.slice(s![first_query..last_query, ..]));
             for n in 0..n_tiles {
                 let keys = keys(n);
-                let queries = first_query.max(keys.start)..last_query;
+                let first_of_keys = keys.start.saturating_sub(past);
+                let queries = first_query.max(first_of_keys)..last_query;
                 if queries.is_empty() {
                     continue;
                 }
@@ -109,18 +125,34 @@ fn run_segment<T: Scalar>(
                 product(q, view(&k_t[n * d_key..][..d_key]), view_mut(p)); // scores
                 let v_t = view(&v_t[n * d_value..][..d_value]);
                 product(d_out.slice(s![queries.clone(), ..]), v_t, view_mut(d_p)); // (3)
-                for (p, query) in p.iter_mut().zip(queries.start..keys.end) {
-                    p[query + 1 - keys.start..].fill(T::neg_infinity());
+                if let Some(biases) = &biases {
+                    for (p, query) in p.iter_mut().zip(queries.clone()) {
+                        let at = past + query;
+                        for key in band(biases, &keys, at) {
+                            p[key - keys.start] += biases[[query, at - key]];
+                        }
+                    }
+                }
+                for (p, at) in p.iter_mut().zip(past + queries.start..keys.end) {
+                    p[at + 1 - keys.start..].fill(T::neg_infinity());
                 }
                 let of_queries = (&lse[queries.clone()], &delta[queries.clone()]);
                 on_best_simd!(simd => score_gradients(simd, p, d_p, of_queries)); // (2)
-                let add = queries.start > keys.start;
+                if let (Some(biases), Some(d_biases)) = (&biases, &mut d_biases) {
+                    for (d, query) in d_p.iter().zip(queries.clone()) {
+                        let at = past + query;
+                        for key in band(biases, &keys, at) {
+                            d_biases[[query - first, at - key]] = d[key - keys.start];
+                        }
+                    }
+                }
+                let add = queries.start > first_of_keys;
                 let own = keys.start - segment.start..keys.end - segment.start;
                 let (p, d) = (view(p), view(d_p));
                 let (p, d) = (p.slice(s![.., ..keys.len()]), d.slice(s![.., ..keys.len()]));
                 let from = queries.start - first_query;
                 packed.product((p.t(), Triangle::Full), from, d_v.slice_mut(s![own.clone(), ..]), add); // (3)
-                let rows = queries.start - segment.start..queries.end - segment.start;
+                let rows = queries.start - first..queries.end - first;
                 add_product(d, k, d_q.slice_mut(s![rows, ..])); // (1)
                 let d_k = d_k.slice_mut(s![own, ..]);
                 if add { add_product(d.t(), q, d_k) } else { product(d.t(), q, d_k) }

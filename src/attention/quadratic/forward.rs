@@ -20,15 +20,31 @@ use crate::ops::triangle::Triangle;
 const BLOCK: usize = 256;
 const TILE: usize = 512;
 
+/// What forward reads: queries [T, K] that belong to the last T of the keys [N, K] and values [N, V], and biases [T, M+1] of the
+/// distances 0, 1, ..., M of each query, if any.
+#[derive(Clone, Copy)]
+pub(super) struct Given<'a, T> {
+    pub q: ArrayView2<'a, T>,
+    pub k: ArrayView2<'a, T>,
+    pub v: ArrayView2<'a, T>,
+    pub biases: Option<ArrayView2<'a, T>>,
+}
+
+impl<T: Scalar> Given<'_, T> {
+    /// Keys before the first query's own.
+    pub fn past(&self) -> usize {
+        self.k.nrows() - self.q.nrows()
+    }
+}
+
+/// The part of `keys` that carries a bias for the query at position `at`.
+pub(super) fn band<T>(biases: &ArrayView2<'_, T>, keys: &Range<usize>, at: usize) -> Range<usize> {
+    keys.start.max((at + 1).saturating_sub(biases.ncols()))..keys.end.min(at + 1)
+}
+
 /// Outputs and lse of checked inputs; what the buffers hold does not matter.
-pub(super) fn run<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    mut out: ArrayViewMut2<'_, T>,
-    lse: &mut [T],
-) {
-    let starts = (0..q.nrows()).step_by(BLOCK);
+pub(super) fn run<T: Scalar>(given: Given<'_, T>, mut out: ArrayViewMut2<'_, T>, lse: &mut [T]) {
+    let starts = (0..given.q.nrows()).step_by(BLOCK);
     let rows = out.axis_chunks_iter_mut(Axis(0), BLOCK).zip(lse.chunks_mut(BLOCK));
     let mut blocks: VecDeque<_> = starts.zip(rows).collect();
     // The first with the last: every two cost the same.
@@ -37,10 +53,10 @@ pub(super) fn run<T: Scalar>(
         tasks.push((first, blocks.pop_back()));
     }
     tasks.into_par_iter().for_each_init(
-        || Buffers::new(q, v),
+        || Buffers::new(given),
         |buffers, (first, last)| {
             for (start, (out, lse)) in std::iter::once(first).chain(last) {
-                run_block(q, k, v, start, out, lse, buffers);
+                run_block(given, start, out, lse, buffers);
             }
         },
     );
@@ -57,44 +73,51 @@ struct Buffers<T> {
 }
 
 impl<T: Scalar> Buffers<T> {
-    fn new(q: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Self {
-        let keys = TILE.min(q.nrows());
+    fn new(given: Given<'_, T>) -> Self {
+        let keys = TILE.min(given.k.nrows());
         Buffers {
-            q_t: Rows::zeros(q.ncols() * BLOCK / LANES),
+            q_t: Rows::zeros(given.q.ncols() * BLOCK / LANES),
             scores: Rows::zeros(keys),
-            values: PackedRows::zeros(keys, v.ncols()),
+            values: PackedRows::zeros(keys, given.v.ncols()),
         }
     }
 }
 
 /// One block of queries, from `start` on, against all keys up to its end.
 fn run_block<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
+    given: Given<'_, T>,
     start: usize,
     mut out: ArrayViewMut2<'_, T>,
     lse: &mut [T],
     Buffers { q_t, scores, values }: &mut Buffers<T>,
 ) {
+    let (Given { q, k, v, biases }, past) = (given, given.past());
     let (d_k, end) = (q.ncols(), start + lse.len());
     let queries: Vec<Range<usize>> = (start..end).step_by(LANES).map(|q| q..end.min(q + LANES)).collect();
     for (n, queries) in queries.iter().enumerate() {
         transpose(q.slice(s![queries.clone(), ..]), &mut q_t[n * d_k..]);
     }
     let mut running = [Running { max: [T::neg_infinity(); LANES], sum: [T::zero(); LANES] }; BLOCK / LANES];
-    for first_key in (0..end).step_by(TILE) {
-        values.set_rows(0, v.slice(s![first_key..end.min(first_key + TILE), ..]));
+    for first_key in (0..past + end).step_by(TILE) {
+        values.set_rows(0, v.slice(s![first_key..(past + end).min(first_key + TILE), ..]));
         for (n, queries) in queries.iter().enumerate() {
-            let keys = first_key..queries.end.min(first_key + TILE);
+            let keys = first_key..(past + queries.end).min(first_key + TILE);
             if keys.is_empty() {
                 continue;
             }
             let scores = &mut scores[..keys.len()];
             let q_t = view(&q_t[n * d_k..][..d_k]);
             product(k.slice(s![keys.clone(), ..]), q_t, view_mut(scores)); // (1)
-            for key in keys.start.max(queries.start)..keys.end {
-                scores[key - keys.start][..key - queries.start].fill(T::neg_infinity());
+            if let Some(biases) = &biases {
+                for (lane, query) in queries.clone().enumerate() {
+                    let at = past + query;
+                    for key in band(biases, &keys, at) {
+                        scores[key - keys.start][lane] += biases[[query, at - key]];
+                    }
+                }
+            }
+            for key in keys.start.max(past + queries.start)..keys.end {
+                scores[key - keys.start][..key - past - queries.start].fill(T::neg_infinity());
             }
             let factor = on_best_simd!(simd => meet(simd, scores, &mut running[n])); // (4)
             let mut out = out.slice_mut(s![queries.start - start..queries.end - start, ..]);

@@ -20,6 +20,9 @@
 //! One head uses all threads of the current rayon pool: forward shares blocks of queries, backward segments of keys, each
 //! of which sums up its own d_q. Both are cut by T alone, so results have the same bits at any number of threads.
 //!
+//! A long sequence can come in pieces: [`KeyValues`] hold all keys and values so far, and grow; [`attend`] takes the queries of the
+//! last of them, with relative biases if there are any.
+//!
 //! Cost: T^2 (K + V) operations forward, T^2 (3 K + 2 V) backward, T^2 / 2 exponentials in each. Memory beyond inputs and
 //! outputs: per thread the tiles of 256 queries or keys, copies of inputs that are not contiguous, backward 8 d_q at most.
 //! Source: the running maximum and sum are those of FlashAttention (Dao et al., arXiv 2205.14135).
@@ -34,6 +37,11 @@ use crate::{Error, Scalar};
 mod backward;
 mod documents;
 mod forward;
+mod pieces;
+
+pub use pieces::{KeyValues, PieceGradients, attend, attend_backward};
+#[cfg(feature = "model")]
+pub(crate) use pieces::{attend_backward_unchecked, attend_unchecked};
 
 pub use documents::{backward_documents, forward_documents};
 
@@ -67,7 +75,8 @@ pub fn forward<T: Scalar>(
     let mut out = Array2::zeros(v.raw_dim());
     let mut lse = vec![T::zero(); q.nrows()];
     let [q, k, v] = [&q, &k, &v].map(|x| x.as_standard_layout());
-    forward::run(q.view(), k.view(), v.view(), out.view_mut(), &mut lse);
+    let given = forward::Given { q: q.view(), k: k.view(), v: v.view(), biases: None };
+    forward::run(given, out.view_mut(), &mut lse);
     Ok((out, lse.into()))
 }
 
@@ -97,22 +106,27 @@ pub fn backward<T: Scalar>(
 ) -> Result<Gradients<T>, Error> {
     check_inputs(q, k, v)?;
     check_given(v, out, lse, d_out)?;
-    let t = q.nrows();
-    let mut delta = vec![T::zero(); t];
+    let delta = deltas(out, d_out);
+    let lse = lse.to_vec();
+    let (mut d_q, mut d_k) = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()));
+    let mut d_v = Array2::zeros(v.raw_dim());
+    let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|x| x.as_standard_layout());
+    let forward = forward::Given { q: q.view(), k: k.view(), v: v.view(), biases: None };
+    let given = backward::Given { forward, d_out: d_out.view(), lse: &lse, delta: &delta };
+    backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
+    Ok((d_q, d_k, d_v))
+}
+
+/// `dO_i . o_i`.
+fn deltas<T: Scalar>(out: ArrayView2<'_, T>, d_out: ArrayView2<'_, T>) -> Vec<T> {
+    let mut delta = vec![T::zero(); out.nrows()];
     let parts = delta.par_chunks_mut(ROWS).zip(d_out.axis_chunks_iter(Axis(0), ROWS));
     parts.zip(out.axis_chunks_iter(Axis(0), ROWS)).for_each(|((delta, d_out), out)| {
         for ((delta, d_out), out) in delta.iter_mut().zip(d_out.rows()).zip(out.rows()) {
             *delta = d_out.dot(&out);
         }
     });
-    let lse = lse.to_vec();
-    let (mut d_q, mut d_k) = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()));
-    let mut d_v = Array2::zeros(v.raw_dim());
-    let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|x| x.as_standard_layout());
-    let (q, k, v, d_out) = (q.view(), k.view(), v.view(), d_out.view());
-    let given = backward::Given { q, k, v, d_out, lse: &lse, delta: &delta };
-    backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
-    Ok((d_q, d_k, d_v))
+    delta
 }
 
 fn check_inputs<T: Scalar>(

@@ -1,0 +1,190 @@
+//! Forward and backward of the language model: the formulas of `transformer`.
+
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2};
+
+use super::dropout::{DropoutSeed, Masks};
+use super::layer::{self, LayerReport};
+use super::parameters::{NormParameters, Parameters};
+use super::transformer::flat;
+use super::{ModelConfig, ModelState, Transformer};
+use crate::error::check_shape;
+use crate::ops::{embedding, linear, positions, rms_norm};
+use crate::{Error, Scalar};
+
+/// What backward needs of forward.
+#[derive(Debug, Clone)]
+pub struct Saved<T> {
+    config: ModelConfig,
+    tokens: Array2<u32>,
+    mask: Option<Array2<bool>>,
+    start: u64,
+    dropout: Option<DropoutSeed>,
+    layers: Vec<layer::Saved<T>>,
+    x: Array2<T>,
+    final_norm: Option<rms_norm::Saved<T>>,
+}
+
+impl<T: Scalar> Transformer<T> {
+    /// Logits of a piece [B, T, vocab] and what backward needs; `state` moves from before the piece to after it.
+    ///
+    /// # Shapes
+    /// `tokens` [B, T]; `mask` [B, T], true where a position counts in losses and statistics.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
+    #[allow(clippy::type_complexity)] // three results of one pass
+    pub fn forward(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error> {
+        self.forward_dropping(tokens, mask, state, None)
+    }
+
+    /// [`forward`](Self::forward) with the masks of dropout that belong to a seed, if there is one.
+    #[allow(clippy::type_complexity)] // three results of one pass
+    pub(super) fn forward_dropping(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error> {
+        self.check(tokens, state)?;
+        if let Some(mask) = &mask {
+            check_shape("mask", tokens.shape(), mask.shape())?;
+        }
+        let start = state.position();
+        let masks = Masks::new(self.config.dropout, dropout, tokens.nrows());
+        let mut x = self.embed(tokens, start)?; // (1)
+        masks.embedding(&mut x)?;
+        let (mut reports, mut layers) = (vec![], vec![]);
+        let distances = self.distances()?;
+        for (unit, states) in state.layers.iter_mut().enumerate() {
+            let prepared = self.prepare_layer(unit, masks.sinusoids(unit, &distances)?.view())?;
+            let (y, report, saved) = self.layer(unit, &prepared).forward(x, states, mask, &masks)?; // (2)
+            x = y;
+            reports.push(report);
+            layers.push(saved);
+        }
+        let (normed, final_norm) = self.normalize(&x)?;
+        let logits = self.logits(&normed, tokens.dim())?; // (3)
+        let saved = Saved {
+            config: self.config.clone(),
+            tokens: tokens.to_owned(),
+            mask: mask.map(|mask| mask.to_owned()),
+            start,
+            dropout,
+            layers,
+            x,
+            final_norm,
+        };
+        Ok((logits, reports, saved))
+    }
+
+    /// Gradients of `sum(d_logits * logits)` plus the weighted commitment and codebook losses, added to `gradients`.
+    ///
+    /// # Shapes
+    /// `d_logits` [B, T, vocab].
+    ///
+    /// # Errors
+    /// [`Error::Shape`], and [`Error::Invalid`] if `saved` comes from a model of another configuration. Then nothing has
+    /// been added.
+    pub fn backward(
+        &self,
+        saved: Saved<T>,
+        d_logits: Array3<T>,
+        gradients: &mut Parameters<T>,
+    ) -> Result<(), Error> {
+        let Saved { config, tokens, mask, start, dropout, layers, x, final_norm } = saved;
+        if config != self.config {
+            return Err(Error::invalid("saved", "from this model's forward", format!("{config:?}")));
+        }
+        self.parameters.check_like("gradients", gradients)?;
+        let (b, t) = tokens.dim();
+        check_shape("d_logits", &[b, t, self.config.vocab_size], d_logits.shape())?;
+        // (3)
+        let d_logits = d_logits.as_standard_layout().into_owned() * T::from_f64(self.config.logit_scale);
+        let d_logits = d_logits.into_shape_with_order((b * t, self.config.vocab_size)).expect("contiguous");
+        let normed = self.normalize(&x)?.0;
+        let (d_w, d_b) = (&mut gradients.embedding, gradients.output_bias.view_mut());
+        let d_w = match &mut gradients.output {
+            Some(d_output) => d_output.view_mut(),
+            None => d_w.view_mut().reversed_axes(),
+        };
+        let mut d_x = linear::backward(normed.view(), self.output(), d_logits.view(), d_w, Some(d_b))?;
+        let norms = self.parameters.final_norm.as_ref().zip(gradients.final_norm.as_mut());
+        if let (Some((norm, d)), Some(saved)) = (norms, &final_norm) {
+            let (d_gain, d_bias) = (d.gain.view_mut(), d.bias.view_mut());
+            d_x = rms_norm::backward_affine(x.view(), saved, norm.gain.view(), d_x.view(), d_gain, d_bias)?;
+        }
+        drop((x, normed, d_logits));
+        // (2)
+        let distances = self.distances()?;
+        let masks = Masks::new(self.config.dropout, dropout, b);
+        for (unit, (d_parameters, saved)) in gradients.layers.iter_mut().zip(layers).enumerate().rev() {
+            let distances = masks.sinusoids(unit, &distances)?;
+            let prepared = self.prepare_layer(unit, distances.view())?;
+            let mask = mask.as_ref().map(|mask| mask.view());
+            let layer = self.layer(unit, &prepared);
+            d_x = layer.backward(saved, d_x, mask, &masks, b, distances.view(), d_parameters)?;
+        }
+        // (1)
+        masks.embedding(&mut d_x)?;
+        if let Some(d_scale) = &mut gradients.position_scale {
+            let sinusoids = self.sinusoids(start, t)?;
+            let sum = |rows: ArrayView2<'_, T>| (&rows * &sinusoids).sum();
+            d_scale[0] += d_x.axis_chunks_iter(ndarray::Axis(0), t.max(1)).map(sum).sum::<T>();
+        }
+        embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
+    }
+
+    pub(super) fn sinusoids(&self, start: u64, count: usize) -> Result<Array2<T>, Error> {
+        positions::sinusoids(start, count, self.config.d_model, self.config.position_lambda)
+    }
+
+    /// (1)
+    pub(super) fn embed(&self, tokens: ArrayView2<'_, u32>, start: u64) -> Result<Array2<T>, Error> {
+        let tokens = tokens.to_owned();
+        let mut x = embedding::forward(self.parameters.embedding.view(), flat(&tokens).view())?;
+        if let Some(scale) = &self.parameters.position_scale {
+            let sinusoids = self.sinusoids(start, tokens.ncols())? * scale[0];
+            for mut rows in x.axis_chunks_iter_mut(ndarray::Axis(0), tokens.ncols().max(1)) {
+                rows += &sinusoids;
+            }
+        }
+        Ok(x)
+    }
+
+    /// The norm of (3).
+    pub(super) fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
+        let Some(NormParameters { gain, bias }) = &self.parameters.final_norm else {
+            return Ok((x.clone(), None));
+        };
+        let (y, saved) = rms_norm::forward_affine(x.view(), gain.view(), bias.view())?;
+        Ok((y, Some(saved)))
+    }
+
+    /// W of (3) [D, vocab].
+    pub(super) fn output(&self) -> ArrayView2<'_, T> {
+        match &self.parameters.output {
+            Some(output) => output.view(),
+            None => self.parameters.embedding.t(),
+        }
+    }
+
+    /// (3), after the norm.
+    pub(super) fn logits(&self, x: &Array2<T>, dim: (usize, usize)) -> Result<Array3<T>, Error> {
+        let bias: ArrayView1<'_, T> = self.parameters.output_bias.view();
+        Ok(self.scale_logits(linear::forward(x.view(), self.output(), Some(bias))?, dim))
+    }
+
+    /// What is left of (3) after the product and the bias.
+    pub(super) fn scale_logits(&self, mut logits: Array2<T>, (b, t): (usize, usize)) -> Array3<T> {
+        if self.config.logit_scale != 1.0 {
+            logits *= T::from_f64(self.config.logit_scale);
+        }
+        logits.into_shape_with_order((b, t, self.config.vocab_size)).expect("contiguous")
+    }
+}
