@@ -88,6 +88,8 @@ impl Batch {
             v: self.v.view(),
             biases: self.biases(),
             mask: Some(self.mask.view()),
+            starts: None,
+            lengths: None,
         }
     }
 

@@ -233,8 +233,14 @@ fn pieces_equal_the_definition(t: usize, from: usize, window: usize) {
     let attention = VqAttention { block_len: 32, window, ..VqAttention::default() };
     let state = AttentionState::new(t, d_k, d_v, window).unwrap();
     let codes = Array1::from_iter(0..t as u32);
-    let inputs =
-        Inputs { q: q.view(), codes: codes.view(), v: v.view(), codewords: k.view(), biases: Some(biases) };
+    let inputs = Inputs {
+        q: q.view(),
+        codes: codes.view(),
+        v: v.view(),
+        codewords: k.view(),
+        biases: Some(biases),
+        starts: None,
+    };
     let (whole, _) = naive::forward(&attention, &inputs, k.view(), &state).unwrap();
     let mut counted = d_out.clone();
     counted.slice_mut(s![..from, ..]).fill(0.0);
