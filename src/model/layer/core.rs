@@ -15,7 +15,7 @@ use crate::model::UnitState;
 #[derive(Debug, Clone)]
 pub(super) enum Saved<T> {
     Quantized {
-        attention: BatchSaved<T>,
+        attention: Box<BatchSaved<T>>,
         /// If the codebook learns by gradient.
         stats: Option<CodeStats<T>>,
     },
@@ -43,7 +43,7 @@ impl<T: Scalar> Layer<'_, T> {
                 let kept = self.config.learning.gradient().map(|_| stats.clone());
                 let cached_mass = mean_mass(&cached_mass);
                 let report = LayerReport { stats, commit_loss, cached_mass, keys: None };
-                (out, report, Saved::Quantized { attention, stats: kept })
+                (out, report, Saved::Quantized { attention: Box::new(attention), stats: kept })
             }
             UnitState::Quadratic(states) => {
                 let (out, lse) = attend_exactly(inputs, states);
@@ -88,7 +88,7 @@ impl<T: Scalar> Layer<'_, T> {
             Saved::Quantized { attention, stats } => {
                 let (weight, estimator) = (self.config.commit_weight, self.config.estimator);
                 let mut d = BatchGradients::default();
-                self.attention.backward_unchecked(inputs, attention, d_out, estimator, weight, &mut d);
+                self.attention.backward_unchecked(inputs, *attention, d_out, estimator, weight, &mut d);
                 (d, stats)
             }
             Saved::Quadratic { all, lse } => (backward_exactly(inputs, &all, out, &lse, d_out), None),
