@@ -4,7 +4,7 @@
 //! cache and without it, with windows and blocks of several lengths, and prints a table: bits per byte on the held-out tenth of
 //! the text, read as one stream; bytes per second of training and of reading; perplexity of the codes. The unchanged model and
 //! the one without the cache are trained from three seeds. The table (`table.md`) and a picture (`ablation.svg`) go into
-//! `--out`. About seven minutes on two cores.
+//! `--out`. About eight minutes on two cores.
 //!
 //! ```sh
 //! cargo run --release --example ablation
@@ -46,7 +46,7 @@ struct Args {
     data: Option<PathBuf>,
 
     /// Steps of training, 2,048 bytes each
-    #[arg(long, value_name = "N", default_value_t = 150, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
     /// Seeds of weights and batches; all but the first for the comparison of the cache alone
@@ -242,7 +242,8 @@ fn row(
 
 /// Bits per byte over codes, windows and blocks.
 fn draw(rows: &[Row]) -> Result<String, Box<dyn Error>> {
-    let axes: [(&str, fn(&Row) -> Option<usize>); 3] = [
+    type Place = fn(&Row) -> Option<usize>;
+    let axes: [(&str, Place); 3] = [
         ("codes", |row| matches!(row.change, Change::None | Codes(_)).then_some(row.config.n_codes)),
         ("window", |row| {
             matches!(row.change, Change::None | Window(_)).then_some(row.config.attention.window)

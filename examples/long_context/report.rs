@@ -61,7 +61,7 @@ fn edges(len: usize) -> Vec<usize> {
 /// Means of `points` (position, bits) between the edges, over all seeds; NaN where there are none.
 fn means(outcomes: &[Outcome], points: impl Fn(&Outcome) -> &[(usize, f64)], edges: &[usize]) -> Vec<f64> {
     let of = |edges: &[usize]| {
-        let inside = outcomes.iter().flat_map(|outcome| points(outcome));
+        let inside = outcomes.iter().flat_map(&points);
         let inside = inside.filter(|(position, _)| edges[0] < *position && *position <= edges[1]);
         let (n, sum) = inside.fold((0, 0.0), |(n, sum), (_, bits)| (n + 1, sum + bits));
         sum / f64::from(n)

@@ -14,6 +14,7 @@ const COMMIT_WEIGHT: f64 = 0.03;
 
 /// Attention of one head.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // there are two of them
 pub enum Attention {
     /// Through a codebook, keys beyond the window seen or not.
     Vq(VqAttention, Codebook<f32>),
@@ -167,7 +168,7 @@ impl Inputs<'_> {
 
     fn sequence(&self, tokens: &Range<usize>) -> (View<'_>, View<'_>, View<'_>) {
         let part = s![tokens.clone(), ..];
-        (self.q.slice(part.clone()), self.k.slice(part.clone()), self.v.slice(part))
+        (self.q.slice(part), self.k.slice(part), self.v.slice(part))
     }
 
     fn vq<'s>(&'s self, biases: &'s Biases) -> BatchInputs<'s, f32> {
