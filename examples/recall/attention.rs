@@ -178,7 +178,7 @@ impl Inputs<'_> {
             relative: relative.view(),
         });
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| one_head(x.view(), self.batch));
-        BatchInputs { q, k, v, biases: relative, mask: None }
+        BatchInputs { biases: relative, ..BatchInputs::new(q, k, v) }
     }
 }
 
