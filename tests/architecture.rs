@@ -236,8 +236,14 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<generate::Sampler>();
     public::<generate::Generator<'_>>();
     public::<generate::Scorer<'_>>();
+    public::<train::Optimizer>();
     public::<train::AdamW>();
+    public::<train::Lion>();
+    public::<train::Adafactor>();
+    public::<train::ParameterGroup>();
+    public::<train::Gradients>();
     public::<train::Schedule>();
+    public::<train::Decay>();
     public::<train::Trainer>();
     public::<train::StepReport>();
     public::<train::ByteText>();

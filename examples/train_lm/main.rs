@@ -128,7 +128,7 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
                 step: report.step,
                 seconds: progress.seconds,
                 tokens: report.step * per_step,
-                learning_rate: trainer.optimizer().learning_rate * factor,
+                learning_rate: trainer.optimizer().learning_rate() * factor,
                 tokens_per_second,
                 train_bits_per_byte: bits(progress.recent.mean()),
                 val_bits_per_byte: bits(nats),
