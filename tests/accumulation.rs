@@ -83,7 +83,7 @@ fn gradients_agree<T: Scalar>(bound: f64) {
         let mut progress = wide();
         // In the middle of a sequence: every micro-batch has a state of its own.
         train(&mut begun, &mut progress, 4);
-        let batch = batches(&progress).next_batch();
+        let batch = batches(&progress).next_batch().unwrap();
         assert!(!batch.first);
         let expected = begun.clone().gradients(&batch).unwrap();
         assert_eq!(expected.tokens, 42);
@@ -143,7 +143,7 @@ fn steps_of_micro_batches_are_steps_of_the_whole() {
 fn positions_that_count_decide_the_weights() {
     for config in kinds() {
         let model = trainer::<f64>(config).into_model();
-        let batch = batches(&wide()).next_batch();
+        let batch = batches(&wide()).next_batch().unwrap();
         // Rows with many, few and no positions that count.
         let mask = Array2::from_shape_fn((6, 7), |(b, t)| match b {
             0 | 1 => true,
@@ -184,7 +184,7 @@ fn machines_that_exchange_gradients_stay_the_same() {
     let mut all = batches(&progress);
     let mut machines = [trainer::<f64>(config.clone()), trainer::<f64>(config)];
     for step in 0..6 {
-        let (batch, factor) = (all.next_batch(), progress.factor(step));
+        let (batch, factor) = (all.next_batch().unwrap(), progress.factor(step));
         let rows = |from: usize, to: usize| Batch {
             tokens: batch.tokens.slice(s![from..to, ..]).to_owned(),
             targets: batch.targets.slice(s![from..to, ..]).to_owned(),
@@ -211,7 +211,7 @@ fn gradients_and_apply_are_a_step() {
     let (mut whole, mut parts) = (trainer::<f32>(config()), trainer::<f32>(config()));
     let mut all = batches(&progress());
     for _ in 0..5 {
-        let batch = all.next_batch();
+        let batch = all.next_batch().unwrap();
         let before = bits(&parts, &progress());
         parts.gradients(&batch).unwrap();
         assert!(bits(&parts, &progress()) == before, "nothing is learned yet");
@@ -223,7 +223,7 @@ fn gradients_and_apply_are_a_step() {
 
 #[test]
 fn what_does_not_fit_is_refused_and_loses_nothing() {
-    let batch = batches(&progress()).next_batch();
+    let batch = batches(&progress()).next_batch().unwrap();
     let mut trainer = trainer::<f32>(config());
     let mine = trainer.gradients(&batch).unwrap();
     let others = [

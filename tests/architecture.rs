@@ -246,7 +246,9 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<train::Decay>();
     public::<train::Trainer>();
     public::<train::StepReport>();
-    public::<train::ByteText>();
+    public::<train::Corpus>();
+    public::<train::ImageShape>();
+    public::<train::TextSize>();
     public::<train::Batches>();
     public::<train::BatchConfig>();
     public::<train::Batch>();

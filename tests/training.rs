@@ -22,7 +22,7 @@ fn arrays<T: Scalar>(model: &Transformer<T>) -> Vec<(String, ArrayD<T>)> {
 }
 
 fn first_batch() -> Batch {
-    batches(&progress()).next_batch()
+    batches(&progress()).next_batch().unwrap()
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn frozen_parameters_and_their_moments_keep_their_bits() {
         let (moved, kept) = (arrays(plain.model()), arrays(partly.model()));
         for (i, (name, value)) in before.iter().enumerate() {
             assert_ne!(value, &moved[i].1, "{name} moves");
-            assert_eq!(value == &kept[i].1, is_frozen(name), "{name}");
+            assert_eq!(*value == kept[i].1, is_frozen(name), "{name}");
         }
         let moments = moments(&partly, &progress);
         assert!(moments.len() >= before.len());
@@ -216,7 +216,7 @@ fn a_hook_sees_and_changes_every_gradient_before_the_clip() {
 fn what_a_hook_leaves_must_be_finite() {
     let (mut trainer, mut progress) = (trainer::<f32>(config()), progress());
     train(&mut trainer, &mut progress, 4);
-    let batch = batches(&progress).next_batch();
+    let batch = batches(&progress).next_batch().unwrap();
     let before = bits(&trainer, &progress);
     for poison in [f32::NAN, f32::INFINITY] {
         let error = trainer.step_with(&batch, 1.0, |name, mut gradient| {

@@ -1,12 +1,12 @@
 //! Training: data, schedule, optimizer, and the step that joins them.
 //!
 //! ```text
-//! ByteText -> Batches -> Trainer::gradients -> (merge) -> Trainer::apply -> checkpoint
-//!                        micro-batches         machines   hook, clip, optimizer by groups, codebooks
-//!                                                         ^ Schedule's factor
+//! Corpus -> Batches -> Trainer::gradients -> (merge) -> Trainer::apply -> checkpoint
+//!                      micro-batches         machines   hook, clip, optimizer by groups, codebooks
+//!                                                       ^ Schedule's factor
 //! ```
 //!
-//! Read in this order: [`Trainer`], [`Gradients`], [`Optimizer`], [`ParameterGroup`], [`Schedule`], [`Batches`].
+//! Read in this order: [`Trainer`], [`Gradients`], [`Optimizer`], [`ParameterGroup`], [`Schedule`], [`Corpus`], [`Batches`].
 
 pub mod checkpoint;
 mod data;
@@ -16,7 +16,9 @@ mod schedule;
 mod trainer;
 
 pub use checkpoint::{Budget, Progress, RecentLoss};
-pub use data::{Batch, BatchConfig, Batches, ByteText, Pieces};
+#[cfg(feature = "tokenizers")]
+pub use data::Tokenizer;
+pub use data::{Batch, BatchConfig, Batches, Corpus, ImageShape, Pieces, TextSize};
 pub use gradients::Gradients;
 pub use optimizer::{Adafactor, AdamW, Lion, Optimizer, ParameterGroup};
 pub use schedule::{Decay, Schedule};

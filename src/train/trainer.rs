@@ -24,18 +24,18 @@ use crate::{Error, Scalar};
 ///
 /// ```
 /// use transformer_vq::model::{ModelConfig, Transformer};
-/// use transformer_vq::train::{AdamW, BatchConfig, Batches, ByteText, Trainer};
+/// use transformer_vq::train::{AdamW, BatchConfig, Batches, Corpus, Trainer};
 ///
-/// let text = ByteText::from_bytes(b"the quick brown fox ".repeat(20))?;
+/// let corpus = Corpus::from_bytes(b"the quick brown fox ".repeat(20))?;
 /// let config = BatchConfig { batch_size: 2, sequence_len: 64, update_len: 32, seed: 1 };
-/// let mut batches = Batches::new(text, 0..400, config)?;
+/// let mut batches = Batches::new(corpus, 0..400, config)?;
 /// let config = ModelConfig { d_model: 16, n_layers: 1, d_k: 8, d_v: 16, n_codes: 8, ..ModelConfig::default() };
 /// let mut trainer = Trainer::new(Transformer::new(config, 1)?, AdamW::default())?;
-/// let before = trainer.step(&batches.next_batch(), 1.0)?;
+/// let before = trainer.step(&batches.next_batch()?, 1.0)?;
 /// for _ in 0..20 {
-///     trainer.step(&batches.next_batch(), 1.0)?;
+///     trainer.step(&batches.next_batch()?, 1.0)?;
 /// }
-/// assert!(trainer.step(&batches.next_batch(), 1.0)?.loss < before.loss);
+/// assert!(trainer.step(&batches.next_batch()?, 1.0)?.loss < before.loss);
 /// # Ok::<(), transformer_vq::Error>(())
 /// ```
 #[derive(Debug, Clone)]

@@ -8,7 +8,7 @@ use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{ModelConfig, Transformer};
 use transformer_vq::train::{
-    AdamW, BatchConfig, Batches, Budget, ByteText, Optimizer, Progress, RecentLoss, Schedule, StepReport,
+    AdamW, BatchConfig, Batches, Budget, Corpus, Optimizer, Progress, RecentLoss, Schedule, StepReport,
     Trainer,
 };
 
@@ -53,7 +53,7 @@ pub fn trainer_with<T: Scalar>(config: ModelConfig, optimizer: impl Into<Optimiz
 }
 
 pub fn batches(progress: &Progress) -> Batches {
-    let text = ByteText::from_bytes((0..900u32).map(|i| (i * i % 97 % 12) as u8).collect()).unwrap();
+    let text = Corpus::from_bytes((0..900u32).map(|i| (i * i % 97 % 12) as u8).collect()).unwrap();
     let mut batches = Batches::new(text, 0..900, progress.batches).unwrap();
     batches.seek(progress.position);
     batches
@@ -63,7 +63,7 @@ pub fn batches(progress: &Progress) -> Batches {
 pub fn train<T: Scalar>(trainer: &mut Trainer<T>, progress: &mut Progress, end: u64) -> Vec<StepReport> {
     let mut batches = batches(progress);
     let reports = (trainer.steps()..end).map(|step| {
-        let report = trainer.step(&batches.next_batch(), progress.factor(step)).unwrap();
+        let report = trainer.step(&batches.next_batch().unwrap(), progress.factor(step)).unwrap();
         progress.position = batches.position();
         progress.recent.add(report.loss);
         report
