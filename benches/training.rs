@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Error;
 use transformer_vq::model::{ModelConfig, Transformer};
-use transformer_vq::train::{AdamW, Batch, BatchConfig, Batches, ByteText, Trainer};
+use transformer_vq::train::{AdamW, Batch, BatchConfig, Batches, Corpus, Trainer};
 
 const TOKENS: usize = 2048;
 
@@ -26,8 +26,8 @@ fn batches(update_len: usize) -> Result<[Batch; 2], Error> {
     let bytes = (0..20_000).map(|_| rng.random_range(b'a'..=b'z')).collect();
     let config =
         BatchConfig { batch_size: TOKENS / update_len, sequence_len: 2 * update_len, update_len, seed: 1 };
-    let mut batches = Batches::new(ByteText::from_bytes(bytes)?, 0..20_000, config)?;
-    Ok([batches.next_batch(), batches.next_batch()])
+    let mut batches = Batches::new(Corpus::from_bytes(bytes)?, 0..20_000, config)?;
+    Ok([batches.next_batch()?, batches.next_batch()?])
 }
 
 fn check(model: &Transformer<f32>, batches: &[Batch; 2]) -> Result<(), Error> {

@@ -54,6 +54,10 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let model = Transformer::<f32>::load(&args.model)?;
+    let vocab_size = model.config().vocab_size;
+    if !(256..=257).contains(&vocab_size) {
+        return Err(format!("the model knows {vocab_size} tokens, which are no bytes").into());
+    }
     let sampler = Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
     let mut generator = Generator::new(&model, sampler, args.seed)?;
     let prompt: Array1<u32> = args.prompt.bytes().map(u32::from).collect();
@@ -62,7 +66,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     out.write_all(args.prompt.as_bytes())?;
     let begun = Instant::now();
     for _ in 0..args.tokens {
-        out.write_all(&[generator.next_token()? as u8])?;
+        // What is no byte is the end of a document.
+        out.write_all(&[u8::try_from(generator.next_token()?).unwrap_or(b'\n')])?;
         out.flush()?;
     }
     let seconds = begun.elapsed().as_secs_f64();

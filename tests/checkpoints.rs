@@ -106,8 +106,8 @@ fn every_kind_of_learning_comes_back_bit_for_bit() {
 
 /// What was written before there was a choice.
 #[test]
-fn older_checkpoints_are_read_as_moving_averages() {
-    let (folder, trainer, _) = saved::<f32>();
+fn older_checkpoints_are_read_as_what_they_were() {
+    let (folder, trainer, progress) = saved::<f32>();
     let json = folder.path().join(JSON);
     let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
     let new = [
@@ -124,9 +124,13 @@ fn older_checkpoints_are_read_as_moving_averages() {
     for field in new {
         assert!(manifest["model"].as_object_mut().unwrap().remove(field).is_some());
     }
-    for field in ["dropout_seed", "sequence"] {
-        assert!(manifest["training"].as_object_mut().unwrap().remove(field).is_some());
+    let training = manifest["training"].as_object_mut().unwrap();
+    for field in ["groups", "micro_batches", "dropout_seed", "sequence"] {
+        assert!(training.remove(field).is_some());
     }
+    assert_eq!(training["optimizer"].as_object_mut().unwrap().remove("kind"), Some("adamw".into()));
+    let schedule = training["progress"]["schedule"].as_object_mut().unwrap();
+    assert_eq!(schedule.remove("decay"), Some("cosine".into()));
     fs::write(&json, manifest.to_string()).unwrap();
     // The tensor file repeats the configuration.
     let path = folder.path().join(TENSORS[0]);
@@ -141,8 +145,10 @@ fn older_checkpoints_are_read_as_moving_averages() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
     let old = safetensors::serialize(tensors, Some(information)).unwrap();
     fs::write(&path, old).unwrap();
-    let (loaded, _) = Trainer::<f32>::load(folder.path()).unwrap();
+    let (loaded, loaded_progress) = Trainer::<f32>::load(folder.path()).unwrap();
+    assert!(bits(&loaded, &loaded_progress) == bits(&trainer, &progress), "the same run");
     assert_eq!(loaded.model(), trainer.model());
+    assert_eq!(loaded.optimizer(), trainer.optimizer());
     assert_eq!(loaded.model().config().learning, LearningConfig::default());
     assert_eq!(loaded.model().config().estimator, Estimator::StraightThrough);
 }
@@ -268,7 +274,10 @@ fn what_could_not_be_loaded_does_not_replace_what_can() {
         (Progress { budget: Budget::Seconds(0.0), ..progress.clone() }, "budget"),
         (Progress { budget: Budget::Seconds(f64::INFINITY), ..progress.clone() }, "budget"),
         (Progress { recent: RecentLoss { steps: 1, nats: f64::NAN }, ..progress.clone() }, "recent.nats"),
-        (Progress { schedule: Schedule { warmup: 2.0, alpha: 0.1 }, ..progress.clone() }, "warmup"),
+        (
+            Progress { schedule: Schedule { warmup: 2.0, ..Schedule::default() }, ..progress.clone() },
+            "warmup",
+        ),
     ];
     for (progress, field) in wrong {
         let error = trainer.clone().save(folder.path(), &progress).unwrap_err();

@@ -11,9 +11,9 @@ use std::path::Path;
 use counting::peak_bytes;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use training::{bits, config, files, progress, train, trainer};
+use training::{bits, config, files, progress, train, trainer, trainer_with};
 use transformer_vq::model::{ModelConfig, Transformer};
-use transformer_vq::train::Trainer;
+use transformer_vq::train::{Adafactor, Lion, Optimizer, ParameterGroup, Trainer};
 
 const JSON: &str = "checkpoint.json";
 const TENSORS: &str = "tensors-a.safetensors";
@@ -148,11 +148,23 @@ fn foreign_json_is_refused_with_its_reason() {
         assert!(message.contains(words), "{words}: {message}");
     }
 
-    let training: [(Edit, &str); 10] = [
+    let training: [(Edit, &str); 16] = [
         (|json| *json = Value::Null, "a model without its training"),
         (|json| json["surprise"] = json!(1), "training: unknown field `surprise`"),
         (|json| json["progress"]["surprise"] = json!(1), "training: unknown field `surprise`"),
         (|json| json["optimizer"]["beta1"] = json!(1.0), "`beta1` must be in [0, 1)"),
+        (|json| json["optimizer"]["surprise"] = json!(1), "training: unknown field `surprise`"),
+        (|json| json["optimizer"]["kind"] = json!("adam"), "unknown variant `adam`"),
+        (|json| json["optimizer"] = json!(null), "training: "),
+        (|json| json["groups"] = json!([{"pattern": "x"}]), "missing field `learning_rate`"),
+        (
+            |json| {
+                let group = ParameterGroup::new("layers.9.*");
+                json["groups"] = serde_json::to_value([group]).unwrap();
+            },
+            "`layers.9.*`",
+        ),
+        (|json| json["micro_batches"] = json!(0), "`micro_batches` must be at least 1"),
         (|json| json["progress"]["schedule"]["alpha"] = json!(-1.0), "`alpha` must be in [0, 1]"),
         (|json| json["progress"]["seconds"] = json!(-1.0), "`seconds` must be finite"),
         (|json| json["progress"]["budget"] = json!({"seconds": 0.0}), "`budget` must be"),
@@ -262,6 +274,30 @@ fn tensors_that_do_not_belong_are_refused_with_their_reason() {
     // Nothing of this is left over.
     let (trainer, progress) = Trainer::<f32>::load(folder.path()).unwrap();
     assert!(bits(&trainer, &progress) == files(folder.path()));
+}
+
+#[test]
+fn moments_of_another_optimizer_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |words: &str| {
+        let message = Trainer::<f32>::load(folder.path()).unwrap_err().to_string();
+        assert!(message.contains(words), "{words}: {message}");
+    };
+    trainer_with::<f32>(config(), Lion::default()).save(folder.path(), &progress()).unwrap();
+    edit_json(folder.path(), |json| json["training"]["optimizer"]["kind"] = json!("adamw"));
+    refused("missing field `epsilon`");
+    let adafactor = serde_json::to_value(Optimizer::from(Adafactor::default())).unwrap();
+    edit_json(folder.path(), |json| json["training"]["optimizer"] = adafactor);
+    refused("`adafactor.row.*` holds 0 numbers");
+
+    let folder = tempfile::tempdir().unwrap();
+    trainer_with::<f32>(config(), Adafactor::default()).save(folder.path(), &progress()).unwrap();
+    poke(folder.path(), "adafactor.column.layers.0.w_q", &(-1f32).to_le_bytes());
+    let message = Trainer::<f32>::load(folder.path()).unwrap_err().to_string();
+    assert!(
+        message.contains("`adafactor.column.layers.0.w_q` holds a negative mean of squares"),
+        "{message}"
+    );
 }
 
 #[test]

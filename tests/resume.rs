@@ -4,24 +4,29 @@
 #[path = "support/training.rs"]
 mod training;
 
-use training::{STEPS, bits, config, progress, train, trainer};
+use training::{STEPS, bits, config, progress, train, trainer, trainer_with};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{CodebookStart, ModelConfig, Revival, Transformer};
-use transformer_vq::train::{AdamW, Batch, Trainer};
+use transformer_vq::train::{Adafactor, AdamW, Batch, Lion, ParameterGroup, Trainer};
 use transformer_vq::{Error, Scalar};
 
 fn stopped_after_any_step<T: Scalar>(config: &ModelConfig) {
-    let (mut whole, mut end) = (trainer::<T>(config.clone()), progress());
+    stopped(|| trainer::<T>(config.clone()), 0..=STEPS);
+}
+
+fn stopped<T: Scalar>(begin: impl Fn() -> Trainer<T>, stops: impl IntoIterator<Item = u64>) {
+    let (mut whole, mut end) = (begin(), progress());
     let reports = train(&mut whole, &mut end, STEPS);
     let expected = bits(&whole, &end);
-    for stop in 0..=STEPS {
+    for stop in stops {
         let folder = tempfile::tempdir().unwrap();
-        let (mut first, mut until) = (trainer::<T>(config.clone()), progress());
+        let (mut first, mut until) = (begin(), progress());
         train(&mut first, &mut until, stop);
         first.save(folder.path(), &until).unwrap();
         drop(first);
         let (mut second, mut from) = Trainer::<T>::load(folder.path()).unwrap();
         assert_eq!((second.steps(), &from), (stop, &until));
+        assert_eq!((second.groups(), second.micro_batches()), (begin().groups(), begin().micro_batches()));
         assert_eq!(train(&mut second, &mut from, STEPS), reports[stop as usize..], "after {stop}");
         assert!(bits(&second, &from) == expected, "after {stop}");
     }
@@ -43,6 +48,21 @@ fn a_run_stopped_after_any_step_ends_in_the_same_bits() {
 }
 
 #[test]
+fn a_run_of_any_optimizer_that_is_stopped_ends_in_the_same_bits() {
+    let stops = [0, 1, 5, 12];
+    stopped(|| trainer_with::<f32>(config(), Lion { clip: Some(0.1 + 0.2), ..Lion::default() }), stops);
+    stopped(|| trainer_with::<f32>(config(), Adafactor::default()), stops);
+    stopped(|| trainer_with::<f64>(config(), Adafactor { relative: None, ..Adafactor::default() }), stops);
+    let groups = || {
+        let frozen = ParameterGroup { frozen: true, ..ParameterGroup::new("layers.1.*") };
+        let slow = ParameterGroup { learning_rate: 1.0 / 3.0, ..ParameterGroup::new("*.w_*") };
+        vec![frozen, ParameterGroup { weight_decay: Some(0.1 + 0.2), ..slow }]
+    };
+    stopped(|| trainer::<f32>(config()).with_groups(groups()).unwrap().with_micro_batches(2).unwrap(), stops);
+    stopped(|| trainer_with::<f32>(config(), Lion::default()).with_groups(groups()).unwrap(), stops);
+}
+
+#[test]
 fn a_run_saved_at_every_step_is_the_run_that_never_was() {
     let folder = tempfile::tempdir().unwrap();
     let (mut whole, mut end) = (trainer::<f32>(config()), progress());
@@ -61,7 +81,7 @@ fn a_run_saved_at_every_step_is_the_run_that_never_was() {
 fn begun() -> (Trainer<f32>, Batch) {
     let (mut trainer, mut progress) = (trainer(config()), progress());
     train(&mut trainer, &mut progress, 4);
-    let batch = training::batches(&progress).next_batch();
+    let batch = training::batches(&progress).next_batch().unwrap();
     assert!(!batch.first);
     (trainer, batch)
 }

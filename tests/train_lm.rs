@@ -168,6 +168,68 @@ fn any_number_of_threads_gives_the_same_bits() {
 }
 
 #[test]
+fn every_way_of_training_resumes() {
+    let place = Place::new();
+    for (i, options) in [
+        "--optimizer lion --schedule linear --accumulate 2",
+        "--optimizer adafactor --schedule inverse-square-root --freeze layers.1.* --freeze *bias",
+        "--schedule constant --batch-size 3 --accumulate 3 --learning-rate 1e-3",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (whole, stopped) = (format!("whole{i}"), format!("stopped{i}"));
+        let all = success(&place.train(&whole, &format!("{options} --steps 9")));
+        assert!(last_line(&all).starts_with("val_bits_per_byte: "));
+        success(&place.train(&stopped, &format!("{options} --steps 9 --stop-after 4")));
+        success(&place.resume(&stopped, ""));
+        assert!(tensors(&place.path(&stopped)) == tensors(&place.path(&whole)), "{options}");
+    }
+    let frozen = Trainer::<f32>::load(place.path("whole1")).unwrap().0;
+    assert_eq!(frozen.groups().len(), 2);
+    assert!(frozen.model().parameters().output_bias.iter().all(|&x| x == 0.0), "as it began");
+    // Micro-batches are sequences of one batch: so many tokens in all.
+    let rows = log(&place.path("whole2"));
+    assert_eq!(rows.last().unwrap()[1], (9 * 9 * 32).to_string());
+}
+
+#[test]
+fn folders_of_books_and_of_images_are_learned() {
+    let place = Place::new();
+    fs::create_dir(place.path("books")).unwrap();
+    let text = fs::read(place.path("text")).unwrap();
+    fs::write(place.path("books/1"), &text[..4000]).unwrap();
+    fs::write(place.path("books/2"), &text[4000..]).unwrap();
+    let run = |data: &str, options: &str| {
+        let arguments = format!("{SIZES} --data {data} --out {data}-run --steps 4 {options}");
+        success(&place.command(&arguments).output().unwrap())
+    };
+    let books = run("books", "");
+    for words in ["--- sample after ", "val_nats_per_token: ", "val_word_perplexity: ", "val_bits_per_byte: "]
+    {
+        assert!(books.contains(words), "{words}: {books}");
+    }
+    assert_eq!(books.contains("peak memory: "), cfg!(target_os = "linux"), "{books}");
+    assert_eq!(Transformer::<f32>::load(place.path("books-run")).unwrap().config().vocab_size, 257);
+    success(&place.resume("books-run", ""));
+
+    fs::create_dir(place.path("pictures")).unwrap();
+    for i in 0..20u8 {
+        let file = fs::File::create(place.path(&format!("pictures/{i}.png"))).unwrap();
+        let mut encoder = png::Encoder::new(file, 6, 5);
+        encoder.set_color(png::ColorType::Rgb);
+        let bytes: Vec<u8> = (0..90).map(|j| i.wrapping_mul(j)).collect();
+        encoder.write_header().unwrap().write_image_data(&bytes).unwrap();
+    }
+    let pictures = run("pictures", "--images");
+    assert!(pictures.contains("sample.png") && !pictures.contains("val_word_perplexity"), "{pictures}");
+    let sample = BufReader::new(fs::File::open(place.path("pictures-run/sample.png")).unwrap());
+    let reader = png::Decoder::new(sample).read_info().unwrap();
+    assert_eq!((reader.info().width, reader.info().height), (6, 5));
+    success(&place.resume("pictures-run", ""));
+}
+
+#[test]
 fn the_clock_can_be_the_budget() {
     let place = Place::new();
     let text = success(&place.train("run", "--minutes 0.01"));
@@ -221,6 +283,8 @@ fn a_killed_run_leaves_a_checkpoint_that_resumes() {
     }
 }
 
+const TOKENIZER: &str = if cfg!(feature = "tokenizers") { "cannot read" } else { "needs `cargo run" };
+
 #[test]
 fn nonsense_is_refused_in_one_line() {
     let place = Place::new();
@@ -231,7 +295,7 @@ fn nonsense_is_refused_in_one_line() {
     let before = tensors(&place.path("sound"));
     let cases = [
         ("--data missing --out x", "cannot read"),
-        ("--data short --out x", "the text is too short: 9 bytes"),
+        ("--data short --out x", "the text is too short: 9 tokens"),
         ("--data empty --out x", "the text is empty"),
         ("--data text --out text/below", "cannot create text/below"),
         ("--data text --out x --d-model 33", "`d_model` must be even"),
@@ -245,6 +309,12 @@ fn nonsense_is_refused_in_one_line() {
         ("--data text --out x --learning-rate nan", "`learning_rate` must be"),
         ("--data text --out x --warmup 2", "`warmup` must be in [0, 1]"),
         ("--data text --out sound --d-model 33", "`d_model` must be even"),
+        ("--data nothing --out x", "there is no file in this folder"),
+        ("--data nothing --images --out x", "there is no .png file in this folder"),
+        ("--data text --enwik8 --out x", "`enwik8` must be 100000000 bytes"),
+        ("--data text --tokenizer missing --out x", TOKENIZER),
+        ("--data text --out x --freeze layers.7.*", "`pattern` must be the name of a parameter"),
+        ("--data text --out x --schedule inverse-square-root --warmup 0", "`warmup` must be above 0"),
         ("--resume nothing", "no run to resume in nothing"),
         ("--resume missing", "no run to resume in missing"),
         ("--resume text", "no run to resume in text"),
@@ -263,6 +333,13 @@ fn nonsense_is_refused_in_one_line() {
     for arguments in ["--steps 0", "--steps 5 --minutes 1", "--minutes -1", "--threads 0", "--surprise", "x"]
         .into_iter()
         .chain(["--resume sound --steps 9", "--resume sound --out x", "--resume sound --d-model 8"])
+        .chain([
+            "--images",
+            "--enwik8",
+            "--accumulate 0",
+            "--optimizer sgd",
+            "--resume sound --optimizer lion",
+        ])
     {
         let output = place.command(arguments).output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);

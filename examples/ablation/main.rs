@@ -29,10 +29,10 @@ use chart::{Chart, Curve, number};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
-use text::{cut, name, read_text, score};
+use text::{name, read_text, score, split};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{ModelConfig, write_atomically};
-use transformer_vq::train::{BatchConfig, ByteText};
+use transformer_vq::train::{BatchConfig, Corpus};
 
 /// Bytes of the held-out text that are read.
 const JUDGED: usize = 96 * 1024;
@@ -211,7 +211,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
 fn row(
     change: Change,
     seeds: &[u64],
-    text: &ByteText,
+    text: &Corpus,
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Row, Box<dyn Error>> {
@@ -227,7 +227,7 @@ fn row(
     for &seed in seeds {
         let batches = BatchConfig { batch_size: 4, sequence_len: 2048, update_len: 512, seed };
         let progress = progress(batches, args.steps)?;
-        let (_, held_out, _) = cut(text, &progress)?;
+        let (_, held_out) = split(text, &progress)?;
         let trained = train(config.clone(), text, progress, bar)?;
         let most = if args.short { 4096 } else { JUDGED };
         let begun = Instant::now();

@@ -28,10 +28,10 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use kinds::{KINDS, Kind};
 use sizes::Sizes;
-use text::{bits, cut, name, read_text, score};
+use text::{batches, bits, name, read_text, score, split};
 use transformer_vq::codebook::CodeStats;
 use transformer_vq::model::{ModelConfig, Transformer, write_atomically};
-use transformer_vq::train::{Budget, ByteText, Trainer};
+use transformer_vq::train::{Budget, Corpus};
 
 /// Bytes of the held-out text whose codes are counted.
 const COUNTED: usize = 64 * 1024;
@@ -40,8 +40,8 @@ const COUNTED: usize = 64 * 1024;
 #[derive(Debug, Parser)]
 #[command(name = "codebooks_in_attention")]
 struct Args {
-    /// Text to learn; its last tenth is held out [default: this crate's sources and documentation]
-    #[arg(long, value_name = "FILE")]
+    /// Text to learn, a file or a folder of files; its last tenth is held out [default: this crate's sources and documentation]
+    #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
 
     /// Train each kind for this long by the wall clock
@@ -124,10 +124,10 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     }
     let chosen = |kind: &&Kind| args.only.is_empty() || args.only.iter().any(|only| only == kind.name);
     let kinds = Vec::from_iter(KINDS.iter().filter(chosen));
-    // All are looked at before the first is trained.
-    let configs =
-        kinds.iter().map(|kind| changed(&args.sizes.model(), kind)).collect::<Result<Vec<_>, _>>()?;
     let text = read_text(args.data.as_deref())?;
+    // All are looked at before the first is trained.
+    let base = ModelConfig { vocab_size: text.vocab_size(), ..args.sizes.model() };
+    let configs = kinds.iter().map(|kind| changed(&base, kind)).collect::<Result<Vec<_>, _>>()?;
     let each = match args.steps {
         Some(steps) => format!("{steps} steps"),
         None => format!("{:.0} seconds", 60.0 * args.minutes),
@@ -159,18 +159,19 @@ fn changed(config: &ModelConfig, kind: &Kind) -> Result<ModelConfig, Box<dyn Err
     Ok(config)
 }
 
-fn train(kind: &Kind, config: ModelConfig, text: &ByteText, args: &Args) -> Result<Row, Box<dyn Error>> {
+fn train(kind: &Kind, config: ModelConfig, text: &Corpus, args: &Args) -> Result<Row, Box<dyn Error>> {
     let budget = args.steps.map_or(Budget::Seconds(60.0 * args.minutes), Budget::Steps);
     let mut progress = args.sizes.progress(budget, args.seed)?;
-    let (_, held_out, mut batches) = cut(text, &progress)?;
-    let mut trainer = Trainer::new(Transformer::new(config, args.seed)?, args.sizes.optimizer())?;
+    let (training, held_out) = split(text, &progress)?;
+    let mut batches = batches(text, training, &progress)?;
+    let mut trainer = args.sizes.trainer(Transformer::new(config, args.seed)?)?;
     let style = ProgressStyle::with_template("{prefix:20} {bar:24} {percent:>3}%  {msg}")?;
     let bar = ProgressBar::new(1000).with_style(style).with_prefix(kind.name);
     let begun = Instant::now();
     let mut diverged = None;
     while progress.fraction(trainer.steps()) < 1.0 {
         let factor = progress.factor(trainer.steps());
-        match trainer.step(&batches.next_batch(), factor) {
+        match trainer.step(&batches.next_batch()?, factor) {
             Ok(report) => {
                 let perplexity = report.perplexity.iter().sum::<f64>() / report.perplexity.len() as f64;
                 progress.recent.add(report.loss);
@@ -202,15 +203,16 @@ fn train(kind: &Kind, config: ModelConfig, text: &ByteText, args: &Args) -> Resu
 }
 
 /// How the held-out text is predicted, and which codes its keys take.
-fn judge(model: &Transformer, text: &ByteText, held_out: Range<usize>) -> Result<Outcome, Box<dyn Error>> {
+fn judge(model: &Transformer, text: &Corpus, held_out: Range<usize>) -> Result<Outcome, Box<dyn Error>> {
     let scorer = score(model, text, held_out.clone())?;
-    let bits_per_byte = scorer.bits_per_byte();
+    let bits_per_byte = text.size_of(held_out.clone())?.bits_per_byte(scorer.nats_per_token());
     if !bits_per_byte.is_finite() {
         return Ok(Outcome::Diverged(format!("{bits_per_byte} bits per byte")));
     }
     let mut state = model.new_state(1)?;
     let mut stats: Vec<CodeStats<f32>> = vec![];
-    for (tokens, _) in text.pieces(held_out.start..held_out.end.min(held_out.start + COUNTED), 2048)? {
+    for piece in text.pieces(held_out.start..held_out.end.min(held_out.start + COUNTED), 2048)? {
+        let (tokens, _) = piece?;
         let (_, reports, _) = model.forward(tokens.view(), None, &mut state)?;
         if stats.is_empty() {
             stats = reports.into_iter().map(|report| report.stats).collect();

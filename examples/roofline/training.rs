@@ -5,7 +5,7 @@ use std::hint::black_box;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Transformer;
-use transformer_vq::train::{AdamW, Batch, BatchConfig, Batches, ByteText, Trainer};
+use transformer_vq::train::{AdamW, Batch, BatchConfig, Batches, Corpus, Trainer};
 
 use crate::machine::Measured;
 use crate::report::Report;
@@ -31,8 +31,8 @@ fn batches(batch_size: usize, update_len: usize) -> Result<[Batch; 2]> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let bytes = (0..BYTES).map(|_| rng.random_range(b'a'..=b'z')).collect();
     let config = BatchConfig { batch_size, sequence_len: 2 * update_len, update_len, seed: 1 };
-    let mut batches = Batches::new(ByteText::from_bytes(bytes)?, 0..BYTES, config)?;
-    Ok([batches.next_batch(), batches.next_batch()])
+    let mut batches = Batches::new(Corpus::from_bytes(bytes)?, 0..BYTES, config)?;
+    Ok([batches.next_batch()?, batches.next_batch()?])
 }
 
 /// Compares losses and the norm of all gradients with those in f64.

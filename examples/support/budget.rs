@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use indicatif::ProgressBar;
 use transformer_vq::model::{ModelConfig, Transformer};
-use transformer_vq::train::{AdamW, BatchConfig, Budget, ByteText, Progress, Schedule, Trainer};
+use transformer_vq::train::{AdamW, BatchConfig, Budget, Corpus, Progress, Schedule, Trainer};
 
-use crate::text::{bits, cut};
+use crate::text::{batches, bits, split};
 
 /// A model and what training it took.
 pub struct Trained {
@@ -33,17 +33,17 @@ pub fn progress(batches: BatchConfig, steps: u64) -> Result<Progress, Box<dyn Er
 /// Trains from the seed of `progress`.
 pub fn train(
     config: ModelConfig,
-    text: &ByteText,
+    text: &Corpus,
     mut progress: Progress,
     bar: &ProgressBar,
 ) -> Result<Trained, Box<dyn Error>> {
     let BatchConfig { batch_size, update_len, seed, .. } = progress.batches;
-    let (_, _, mut batches) = cut(text, &progress)?;
+    let mut batches = batches(text, split(text, &progress)?.0, &progress)?;
     let optimizer = AdamW { learning_rate: 3e-3, clip: Some(1.0), weight_decay: 1e-4, ..AdamW::default() };
     let mut trainer = Trainer::new(Transformer::new(config, seed)?, optimizer)?;
     let begun = Instant::now();
     while progress.fraction(trainer.steps()) < 1.0 {
-        let report = trainer.step(&batches.next_batch(), progress.factor(trainer.steps()))?;
+        let report = trainer.step(&batches.next_batch()?, progress.factor(trainer.steps()))?;
         progress.recent.add(report.loss);
         bar.inc(1);
         bar.set_message(format!("{:.3} bits per byte", bits(progress.recent.mean())));

@@ -1,12 +1,19 @@
 //! The sizes of a language model and of its training, as options of a command line.
 
+use std::num::NonZeroUsize;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use transformer_vq::Error;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{Estimator, Rotation, Smoothing};
-use transformer_vq::model::{CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival};
-use transformer_vq::train::{AdamW, BatchConfig, Budget, Progress, RecentLoss, Schedule};
+use transformer_vq::model::{
+    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival, Transformer,
+};
+use transformer_vq::train::{
+    Adafactor, AdamW, BatchConfig, Budget, Decay, Lion, Optimizer, ParameterGroup, Progress, RecentLoss,
+    Schedule, Trainer,
+};
 
 /// Steps of Lloyd from k-means++.
 pub const LLOYD_STEPS: usize = 10;
@@ -48,7 +55,7 @@ pub struct Sizes {
     /// Window, tokens
     #[arg(long, default_value_t = 64)]
     pub window: usize,
-    /// Sequences side by side
+    /// Sequences side by side, of each micro-batch
     #[arg(long, default_value_t = 4)]
     pub batch_size: usize,
     /// Tokens of a training sequence; a multiple of --update-len
@@ -57,9 +64,25 @@ pub struct Sizes {
     /// Tokens of each sequence that one step takes; state is carried between steps
     #[arg(long, default_value_t = 256)]
     pub update_len: usize,
-    /// Largest learning rate
-    #[arg(long, default_value_t = 3e-3)]
-    pub learning_rate: f64,
+    /// Micro-batches whose gradients make one step: as a batch that many times as large, in the memory of one
+    #[arg(long, value_name = "N", default_value_t = one())]
+    #[serde(default = "one")]
+    pub accumulate: NonZeroUsize,
+    /// What moves the parameters
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub optimizer: OptimizerKind,
+    /// How the learning rate falls after the warm-up
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub schedule: ScheduleKind,
+    /// Largest learning rate [default: 3e-3 for adamw, 6e-4 for lion, 1e-2 of a parameter's size for adafactor]
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// Parameters that stay as they begin, such as embedding or 'layers.0.*'; may be given several times
+    #[arg(long, value_name = "PATTERN")]
+    #[serde(default)]
+    pub freeze: Vec<String>,
     /// Largest norm of the gradient
     #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
@@ -101,6 +124,10 @@ pub struct Sizes {
     pub warmup: f64,
 }
 
+fn one() -> NonZeroUsize {
+    NonZeroUsize::MIN
+}
+
 /// What runs from before the option learn with; they do not read it.
 fn codebook_weight() -> f64 {
     1e-3
@@ -120,6 +147,26 @@ pub enum Learning {
     Linear,
     /// Codewords stay as they began
     Frozen,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OptimizerKind {
+    #[default]
+    #[value(name = "adamw")]
+    AdamW,
+    Lion,
+    Adafactor,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    #[default]
+    Cosine,
+    Linear,
+    InverseSquareRoot,
+    Constant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
@@ -194,12 +241,20 @@ impl Sizes {
 
     /// A run at its beginning.
     pub fn progress(&self, budget: Budget, seed: u64) -> Result<Progress, Error> {
-        let Sizes { batch_size, sequence_len, update_len, .. } = *self;
+        let Sizes { sequence_len, update_len, .. } = *self;
+        // A batch of the trainer is that of all micro-batches.
+        let batch_size = self.batch_size.saturating_mul(self.accumulate.get());
+        let decay = match self.schedule {
+            ScheduleKind::Cosine => Decay::Cosine,
+            ScheduleKind::Linear => Decay::Linear,
+            ScheduleKind::InverseSquareRoot => Decay::InverseSquareRoot,
+            ScheduleKind::Constant => Decay::Constant,
+        };
         let progress = Progress {
             batches: BatchConfig { batch_size, sequence_len, update_len, seed },
             position: 0,
             seconds: 0.0,
-            schedule: Schedule::new(self.warmup, 0.1)?,
+            schedule: Schedule { warmup: self.warmup, alpha: 0.1, decay },
             budget,
             recent: RecentLoss::default(),
         };
@@ -207,12 +262,29 @@ impl Sizes {
         Ok(progress)
     }
 
-    pub fn optimizer(&self) -> AdamW {
-        AdamW {
-            learning_rate: self.learning_rate,
-            clip: Some(self.clip),
-            weight_decay: self.weight_decay,
-            ..AdamW::default()
+    fn optimizer(&self) -> Optimizer {
+        let (rate, clip, weight_decay) = (self.learning_rate, Some(self.clip), self.weight_decay);
+        match self.optimizer {
+            OptimizerKind::AdamW => {
+                let learning_rate = rate.unwrap_or(3e-3);
+                AdamW { learning_rate, clip, weight_decay, ..AdamW::default() }.into()
+            }
+            OptimizerKind::Lion => {
+                let learning_rate = rate.unwrap_or(6e-4);
+                Lion { learning_rate, clip, weight_decay, ..Lion::default() }.into()
+            }
+            OptimizerKind::Adafactor => {
+                let adafactor = Adafactor { clip, weight_decay, ..Adafactor::default() };
+                let learning_rate = rate.unwrap_or(adafactor.learning_rate);
+                Adafactor { learning_rate, ..adafactor }.into()
+            }
         }
+    }
+
+    /// The training of a model at its beginning.
+    pub fn trainer(&self, model: Transformer) -> Result<Trainer, Error> {
+        let freeze = |pattern: &String| ParameterGroup { frozen: true, ..ParameterGroup::new(pattern) };
+        let groups = self.freeze.iter().map(freeze).collect();
+        Trainer::new(model, self.optimizer())?.with_groups(groups)?.with_micro_batches(self.accumulate.get())
     }
 }

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use transformer_vq::generate::Scorer;
 use transformer_vq::model::Transformer;
-use transformer_vq::train::{Batches, ByteText, Progress};
+use transformer_vq::train::{Batches, Corpus, Progress};
 
-/// Bytes that evaluation reads at once.
+/// Tokens that evaluation reads at once.
 const PIECE_LEN: usize = 2048;
 
 /// What is learned, in words.
@@ -17,33 +17,34 @@ pub fn name(data: Option<&Path>) -> String {
     data.map_or("this crate's sources and documentation".into(), |path| path.display().to_string())
 }
 
-/// The two parts of the text, and the batches of the first.
-#[allow(clippy::type_complexity)] // three results of one cut
-pub fn cut(
-    text: &ByteText,
+/// The part to learn from and the last tenth, which is held out.
+pub fn split(text: &Corpus, progress: &Progress) -> Result<(Range<usize>, Range<usize>), Box<dyn Error>> {
+    text.split(Corpus::VALIDATION_FRACTION).map_err(|_| too_short(text.len(), progress))
+}
+
+/// The batches of the part to learn from.
+pub fn batches(
+    text: &Corpus,
+    training: Range<usize>,
     progress: &Progress,
-) -> Result<(Range<usize>, Range<usize>, Batches), Box<dyn Error>> {
-    let (training, held_out) = match text.split(ByteText::VALIDATION_FRACTION) {
-        Ok(parts) => parts,
-        Err(_) => return Err(too_short(text.as_bytes().len(), progress)),
-    };
+) -> Result<Batches, Box<dyn Error>> {
     if training.len() <= progress.batches.sequence_len {
-        return Err(too_short(text.as_bytes().len(), progress));
+        return Err(too_short(text.len(), progress));
     }
-    let mut batches = Batches::new(text.clone(), training.clone(), progress.batches)?;
+    let mut batches = Batches::new(text.clone(), training, progress.batches)?;
     batches.seek(progress.position);
-    Ok((training, held_out, batches))
+    Ok(batches)
 }
 
-fn too_short(bytes: usize, progress: &Progress) -> Box<dyn Error> {
+fn too_short(tokens: usize, progress: &Progress) -> Box<dyn Error> {
     let sequence_len = progress.batches.sequence_len;
-    format!("the text is too short: {bytes} bytes, and nine tenths of it must be more than the {sequence_len} of --sequence-len").into()
+    format!("the text is too short: {tokens} tokens, and what is not held out of it must be more than the {sequence_len} of --sequence-len").into()
 }
 
-/// The text to learn. Without a file: README, documentation and sources of this crate, in the order of their names.
-pub fn read_text(data: Option<&Path>) -> Result<ByteText, Box<dyn Error>> {
+/// The text to learn, a file or a folder of files. Without one: README, documentation and sources of this crate, in the order of their names.
+pub fn read_text(data: Option<&Path>) -> Result<Corpus, Box<dyn Error>> {
     if let Some(path) = data {
-        return Ok(ByteText::open(path)?);
+        return Ok(Corpus::open(path)?);
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = vec![root.join("README.md")];
@@ -66,8 +67,7 @@ pub fn read_text(data: Option<&Path>) -> Result<ByteText, Box<dyn Error>> {
     for path in files {
         bytes.extend(fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?);
     }
-    Ok(ByteText::from_bytes(bytes)
-        .map_err(|_| "this crate's sources are not here: name a text with --data")?)
+    Ok(Corpus::from_bytes(bytes).map_err(|_| "this crate's sources are not here: name a text with --data")?)
 }
 
 /// Nats in bits.
@@ -78,11 +78,12 @@ pub fn bits(nats: f64) -> f64 {
 /// Reads a range of the text as one stream with carried state.
 pub fn score<'m>(
     model: &'m Transformer,
-    text: &ByteText,
+    text: &Corpus,
     range: Range<usize>,
 ) -> Result<Scorer<'m>, Box<dyn Error>> {
     let mut scorer = Scorer::new(model)?;
-    for (tokens, targets) in text.pieces(range, PIECE_LEN)? {
+    for piece in text.pieces(range, PIECE_LEN)? {
+        let (tokens, targets) = piece?;
         scorer.push(tokens.row(0), targets.row(0))?;
     }
     Ok(scorer)

@@ -6,16 +6,29 @@ use clap::Parser;
 
 use crate::sizes::{self, Sizes};
 
-/// Trains a byte-level Transformer-VQ on text, then writes a sample of what it has learned.
+/// Trains a Transformer-VQ on text or images, then writes a sample of what it has learned.
 ///
 /// Without arguments: a small model on this crate's own sources and documentation, about two minutes on two cores.
 /// Ctrl-C stops a run with a checkpoint; --resume continues it.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "train_lm")]
 pub struct Args {
-    /// Text to learn; its last tenth is held out [default: this crate's sources and documentation]
-    #[arg(long, value_name = "FILE")]
+    /// Text to learn, a file or a folder of documents; the last tenth is held out [default: this crate's sources and
+    /// documentation]
+    #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
+
+    /// The folder of --data holds PNG images of one size: learn their bytes, row by row
+    #[arg(long, requires = "data", conflicts_with_all = ["tokenizer", "enwik8"])]
+    pub images: bool,
+
+    /// Learn the tokens of this tokenizer.json instead of bytes; needs the feature `tokenizers`
+    #[arg(long, value_name = "FILE", requires = "data", conflicts_with = "enwik8")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// The file of --data is enwik8: 90 million bytes to learn from, 5 million held out, 5 million untouched
+    #[arg(long, requires = "data")]
+    pub enwik8: bool,
 
     /// Train for this many steps; the result then depends on the seed alone
     #[arg(long, value_name = "N", conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
@@ -30,7 +43,7 @@ pub struct Args {
     pub out: Option<PathBuf>,
 
     /// Continue the run in this folder, with the options it was begun with
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "steps", "minutes", "out", "seed", "Sizes"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "images", "tokenizer", "enwik8", "steps", "minutes", "out", "seed", "Sizes"])]
     pub resume: Option<PathBuf>,
 
     /// Stop as Ctrl-C does, after this many steps in all

@@ -4,11 +4,11 @@
 //! |---|---|
 //! | `step` | steps taken |
 //! | `seconds` | of training so far, over all sittings |
-//! | `tokens` | bytes learned from, each as often as it was read |
+//! | `tokens` | learned from, each as often as it was read |
 //! | `learning_rate` | of this step |
 //! | `tokens_per_second` | since the last row |
 //! | `train_bits_per_byte` | mean over the steps since the last row |
-//! | `val_bits_per_byte` | on the first 16 KiB of the held-out text |
+//! | `val_bits_per_byte` | on the first 16,384 tokens of what is held out |
 //! | `perplexity_0`, ... | of the codes of this step's batch, one per unit |
 
 use std::error::Error;
@@ -36,7 +36,7 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "step {:6}   train {:.3}   validation {:.3} bits per byte   {:6.0} bytes/s   codes in use {:.0?}",
+            "step {:6}   train {:.3}   validation {:.3} bits per byte   {:6.0} tokens/s   codes in use {:.0?}",
             self.step,
             self.train_bits_per_byte,
             self.val_bits_per_byte,

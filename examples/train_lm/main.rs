@@ -1,14 +1,17 @@
-//! Trains a byte-level Transformer-VQ on text, end to end: data, training, checkpoints, evaluation, a sample.
+//! Trains a Transformer-VQ on text or images, end to end: data, training, checkpoints, evaluation, a sample.
 //!
 //! Without arguments about two minutes on two cores, on this crate's own sources and documentation. Into `--out` go the
 //! checkpoint (`checkpoint.json`, `tensors-*.safetensors`), the options (`run.json`), `log.csv` (columns: see `log.rs`) and
-//! `curves.svg`. The last line printed is `val_bits_per_byte: X`: the whole held-out tenth, each byte predicted once, read
-//! as one stream with carried state.
+//! `curves.svg`. The last line printed is `val_bits_per_byte: X`: the whole held-out part, each token predicted once, read
+//! as one stream with carried state, in bits per byte of the text whatever the tokens are.
 //!
 //! ```sh
 //! cargo run --release --example train_lm
 //! cargo run --release --example train_lm -- --data FILE --minutes 5 --out runs/mine
 //! cargo run --release --example train_lm -- --resume runs/mine
+//! cargo run --release --example train_lm -- --data BOOKS --optimizer lion --schedule linear --accumulate 4
+//! cargo run --release --example train_lm -- --data PICTURES --images --freeze 'layers.0.*'
+//! cargo run --release --features tokenizers --example train_lm -- --data FILE --tokenizer tokenizer.json
 //! ```
 //!
 //! A run can be stopped (Ctrl-C, or `--stop-after`) and resumed; with a budget of `--steps` it then ends in the same bits
@@ -20,6 +23,7 @@ mod chart;
 mod log;
 mod picture;
 mod run;
+mod sample;
 #[path = "../support/sizes.rs"]
 mod sizes;
 #[path = "../support/text.rs"]
@@ -28,7 +32,6 @@ mod text;
 use std::error::Error;
 use std::fmt::Display;
 use std::io::Write;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -41,14 +44,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, Row};
 use run::Run;
 use text::{bits, score};
-use transformer_vq::generate::{Generator, Sampler};
-use transformer_vq::model::Transformer;
-use transformer_vq::ndarray::Array1;
-use transformer_vq::train::{Budget, ByteText, Progress};
+use transformer_vq::train::{Budget, Corpus, Progress};
 
 /// Evaluations on a part of the held-out text, each with a checkpoint, over a whole run.
 const EVALUATIONS: u64 = 20;
-/// Bytes of each.
+/// Tokens of each.
 const EVALUATION_LEN: usize = 16 * 1024;
 
 fn main() -> ExitCode {
@@ -96,7 +96,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         say(format!("{} steps in {:.0} s", run.trainer.steps(), run.progress.seconds));
     }
     interrupted.store(true, Ordering::SeqCst); // there is nothing left to save
-    finish(run.trainer.model(), &run.text, run.held_out, run.options.seed)
+    finish(&run)
 }
 
 /// Trains until the run is over or `stop` says so, given the steps taken, and leaves a checkpoint.
@@ -104,7 +104,8 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
     let Run { folder, options, text, held_out, batches, trainer, progress, .. } = run;
     let mut log = Log::open(folder, trainer.steps(), trainer.model().config().n_layers)?;
     let evaluated = held_out.start..held_out.end.min(held_out.start + EVALUATION_LEN);
-    let per_step = (options.sizes.batch_size * options.sizes.update_len) as u64;
+    let per_step = (progress.batches.batch_size * options.sizes.update_len) as u64;
+    let (evaluated_size, tokens_per_byte) = (text.size_of(evaluated.clone())?, tokens_per_byte(text));
     let bar = progress_bar();
 
     // The clock of a run stands still between sittings.
@@ -114,13 +115,13 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
         let evaluations = |progress: &Progress, step| (progress.fraction(step) * EVALUATIONS as f64) as u64;
         let due = evaluations(progress, trainer.steps());
         let factor = progress.factor(trainer.steps());
-        let report = trainer.step(&batches.next_batch(), factor)?;
+        let report = trainer.step(&batches.next_batch()?, factor)?;
         progress.position = batches.position();
         progress.seconds = before + begun.elapsed().as_secs_f64();
         progress.recent.add(report.loss);
         steps_since += 1;
         let tokens_per_second = (steps_since * per_step) as f64 / since.elapsed().as_secs_f64().max(1e-9);
-        show(&bar, progress, report.step, tokens_per_second);
+        show(&bar, progress, report.step, tokens_per_second, tokens_per_byte);
         if evaluations(progress, report.step) > due {
             let nats = score(trainer.model(), text, evaluated.clone())?.nats_per_token();
             progress.seconds = before + begun.elapsed().as_secs_f64();
@@ -128,10 +129,10 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
                 step: report.step,
                 seconds: progress.seconds,
                 tokens: report.step * per_step,
-                learning_rate: trainer.optimizer().learning_rate * factor,
+                learning_rate: trainer.optimizer().learning_rate() * factor,
                 tokens_per_second,
-                train_bits_per_byte: bits(progress.recent.mean()),
-                val_bits_per_byte: bits(nats),
+                train_bits_per_byte: bits(progress.recent.mean()) * tokens_per_byte,
+                val_bits_per_byte: evaluated_size.bits_per_byte(nats),
                 perplexity: report.perplexity,
             };
             bar.suspend(|| say(&row));
@@ -156,7 +157,7 @@ fn say(line: impl Display) {
 
 fn describe(run: &Run) {
     let (config, (training, held_out)) = (run.trainer.model().config(), (&run.training, &run.held_out));
-    say(format!("{}: {} bytes to learn from, {} held out", run.text_name(), training.len(), held_out.len()));
+    say(format!("{}: {} tokens to learn from, {} held out", run.text_name(), training.len(), held_out.len()));
     say(format!(
         "{} parameters, {} units of width {}, {} codes; {} threads; into {}",
         config.n_parameters(),
@@ -184,47 +185,56 @@ fn progress_bar() -> ProgressBar {
     bar
 }
 
-fn show(bar: &ProgressBar, progress: &Progress, step: u64, tokens_per_second: f64) {
+fn show(bar: &ProgressBar, progress: &Progress, step: u64, tokens_per_second: f64, tokens_per_byte: f64) {
     let fraction = progress.fraction(step);
     let left = progress.seconds * (1.0 - fraction) / fraction.max(1e-6);
     let left = Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX);
     bar.set_position((fraction * 1000.0) as u64);
     bar.set_message(format!(
-        "{}  {:.3} bits/byte  {tokens_per_second:.0} bytes/s  {} left",
+        "{}  {:.3} bits/byte  {tokens_per_second:.0} tokens/s  {} left",
         done(progress, step),
-        bits(progress.recent.mean()),
+        bits(progress.recent.mean()) * tokens_per_byte,
         indicatif::HumanDuration(left),
     ));
 }
 
-/// A sample, and the whole held-out text with and without the compressive cache.
-fn finish(
-    model: &Transformer,
-    text: &ByteText,
-    held_out: Range<usize>,
-    seed: u64,
-) -> Result<(), Box<dyn Error>> {
-    let sampler = Sampler { temperature: 0.8, top_k: None, top_p: Some(0.95) };
-    let mut generator = Generator::new(model, sampler, seed)?;
-    let prompt = &text.as_bytes()[held_out.start..held_out.end.min(held_out.start + 64)];
-    generator.read(Array1::from_iter(prompt.iter().map(|&byte| byte.into())).view())?;
-    let sample = (0..400)
-        .map(|_| Ok(generator.next_token()? as u8))
-        .collect::<Result<Vec<u8>, transformer_vq::Error>>()?;
-    say(format!("\n--- sample after {:?}:", String::from_utf8_lossy(prompt)));
-    say(format!("{}\n---", String::from_utf8_lossy(&sample)));
+/// 1 for bytes, less for a tokenizer.
+fn tokens_per_byte(text: &Corpus) -> f64 {
+    text.len() as f64 / text.n_bytes() as f64
+}
 
+/// A sample, and the whole held-out part with and without the compressive cache.
+fn finish(run: &Run) -> Result<(), Box<dyn Error>> {
+    let (model, text, held_out) = (run.trainer.model(), &run.text, run.held_out.clone());
+    sample::show(run)?;
     let begun = Instant::now();
+    let size = text.size_of(held_out.clone())?;
     let with_cache = score(model, text, held_out.clone())?;
     let without = model.clone().with_cache(false);
     let without_cache = score(&without, text, held_out)?;
     say(format!(
-        "held out: {} bytes in {:.0} s; attention on cached codes: {:.1} %",
-        with_cache.tokens(),
+        "held out: {} tokens, {} bytes, in {:.0} s; attention on cached codes: {:.1} %",
+        size.tokens,
+        size.bytes,
         begun.elapsed().as_secs_f64(),
         100.0 * with_cache.cached_mass(),
     ));
-    say(format!("val_bits_per_byte without the cache: {:.4}", without_cache.bits_per_byte()));
-    say(format!("val_bits_per_byte: {:.4}", with_cache.bits_per_byte()));
+    if let Some(bytes) = peak_memory() {
+        say(format!("peak memory: {:.0} MB", bytes as f64 / 1e6));
+    }
+    let [nats, nats_without] = [&with_cache, &without_cache].map(|scorer| scorer.nats_per_token());
+    say(format!("val_bits_per_byte without the cache: {:.4}", size.bits_per_byte(nats_without)));
+    say(format!("val_nats_per_token: {nats:.4}"));
+    if text.image_shape().is_none() {
+        say(format!("val_word_perplexity: {:.4e}", size.word_perplexity(nats)));
+    }
+    say(format!("val_bits_per_byte: {:.4}", size.bits_per_byte(nats)));
     Ok(())
+}
+
+/// The most bytes of memory that this process has held, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(1024 * kilobytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?)
 }

@@ -1,4 +1,4 @@
-//! The curves of a run as an SVG picture: losses above, perplexities below, over the bytes learned from.
+//! The curves of a run as an SVG picture: losses above, perplexities below, over the tokens learned from.
 
 use std::error::Error;
 use std::ops::Range;
@@ -17,9 +17,9 @@ pub fn draw(rows: &[Row]) -> Result<String, Box<dyn Error>> {
     let (losses, perplexities) = area.split_vertically(SIZE.1 / 2);
     let end = rows.last().map_or(1, |row| row.tokens) as f64;
     let (unit, x_desc) = match end {
-        end if end >= 2e6 => (1e6, "million bytes"),
-        end if end >= 2e3 => (1e3, "thousand bytes"),
-        _ => (1.0, "bytes"),
+        end if end >= 2e6 => (1e6, "million tokens"),
+        end if end >= 2e3 => (1e3, "thousand tokens"),
+        _ => (1.0, "tokens"),
     };
     let curve = |name: String, value: &dyn Fn(&Row) -> f64| Curve {
         name,

@@ -273,7 +273,7 @@ impl<T: Scalar> Parameters<T> {
     }
 
     /// Checks that `other` has arrays of the same shapes.
-    pub(super) fn check_like(&self, what: &'static str, other: &Self) -> Result<(), Error> {
+    pub(crate) fn check_like(&self, what: &'static str, other: &Self) -> Result<(), Error> {
         let (mine, theirs) = (self.views(), other.views());
         check_shape(what, &[mine.len()], &[theirs.len()])?;
         let mut pairs = mine.iter().zip(&theirs);

@@ -1,6 +1,8 @@
 //! What a model carries from one piece of its sequences to the next.
 
-use ndarray::{Array2, ArrayView2, s};
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::{ModelConfig, UnitKind};
 use crate::attention::AttentionState;
@@ -65,11 +67,33 @@ impl<T: Scalar> UnitState<T> {
             let got = sequence as u64;
             return Err(Error::OutOfRange { what: "sequence", index: vec![], got, limit: batch });
         }
-        let rows = s![sequence..=sequence, ..];
-        Ok(match self {
+        Ok(self.rows(sequence..sequence + 1))
+    }
+
+    /// The states of these sequences.
+    pub(crate) fn rows(&self, sequences: Range<usize>) -> Self {
+        let rows = s![sequences, ..];
+        match self {
             UnitState::Quantized(states) => UnitState::Quantized(states.slice(rows).to_owned()),
             UnitState::Quadratic(states) => UnitState::Quadratic(states.slice(rows).to_owned()),
-        })
+        }
+    }
+
+    /// The states of all sequences of batches that one unit has made, at least one.
+    pub(crate) fn join<'s>(parts: impl Iterator<Item = &'s Self>) -> Self {
+        let one_kind = "states of one unit, with one number of heads";
+        let (mut quantized, mut quadratic) = (vec![], vec![]);
+        for part in parts {
+            match part {
+                UnitState::Quantized(states) => quantized.push(states.view()),
+                UnitState::Quadratic(states) => quadratic.push(states.view()),
+            }
+        }
+        if quadratic.is_empty() {
+            concatenate(Axis(0), &quantized).map(UnitState::Quantized).expect(one_kind)
+        } else {
+            concatenate(Axis(0), &quadratic).map(UnitState::Quadratic).expect(one_kind)
+        }
     }
 
     fn positions(&self) -> Vec<u64> {

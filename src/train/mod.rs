@@ -1,21 +1,25 @@
 //! Training: data, schedule, optimizer, and the step that joins them.
 //!
 //! ```text
-//! ByteText -> Batches -> Trainer::step (loss, gradients, AdamW, codebooks) -> checkpoint
-//!                            ^ Schedule's factor
+//! Corpus -> Batches -> Trainer::gradients -> (merge) -> Trainer::apply -> checkpoint
+//!                      micro-batches         machines   hook, clip, optimizer by groups, codebooks
+//!                                                       ^ Schedule's factor
 //! ```
+//!
+//! Read in this order: [`Trainer`], [`Gradients`], [`Optimizer`], [`ParameterGroup`], [`Schedule`], [`Corpus`], [`Batches`].
 
-mod adamw;
-mod batches;
 pub mod checkpoint;
-mod key_values;
+mod data;
+mod gradients;
+mod optimizer;
 mod schedule;
-mod text;
 mod trainer;
 
-pub use adamw::AdamW;
-pub use batches::{Batch, BatchConfig, Batches};
 pub use checkpoint::{Budget, Progress, RecentLoss};
-pub use schedule::Schedule;
-pub use text::{ByteText, Pieces};
+#[cfg(feature = "tokenizers")]
+pub use data::Tokenizer;
+pub use data::{Batch, BatchConfig, Batches, Corpus, ImageShape, Pieces, TextSize};
+pub use gradients::Gradients;
+pub use optimizer::{Adafactor, AdamW, Lion, Optimizer, ParameterGroup};
+pub use schedule::{Decay, Schedule};
 pub use trainer::{StepReport, Trainer};

@@ -1,4 +1,6 @@
-//! A small run, shared by the tests of checkpoints and of resuming.
+//! A small run, shared by the tests of training, of checkpoints and of resuming.
+
+#![allow(dead_code)] // no test uses all of it
 
 use std::path::Path;
 
@@ -6,7 +8,8 @@ use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{ModelConfig, Transformer};
 use transformer_vq::train::{
-    AdamW, BatchConfig, Batches, Budget, ByteText, Progress, RecentLoss, Schedule, StepReport, Trainer,
+    AdamW, BatchConfig, Batches, Budget, Corpus, Optimizer, Progress, RecentLoss, Schedule, StepReport,
+    Trainer,
 };
 
 /// Steps of the run.
@@ -42,12 +45,15 @@ pub fn progress() -> Progress {
 }
 
 pub fn trainer<T: Scalar>(config: ModelConfig) -> Trainer<T> {
-    let model = Transformer::new(config, 5).unwrap().cast();
-    Trainer::new(model, AdamW { learning_rate: 0.05 / 3.0, clip: Some(1.0), ..AdamW::default() }).unwrap()
+    trainer_with(config, AdamW { learning_rate: 0.05 / 3.0, clip: Some(1.0), ..AdamW::default() })
+}
+
+pub fn trainer_with<T: Scalar>(config: ModelConfig, optimizer: impl Into<Optimizer>) -> Trainer<T> {
+    Trainer::new(Transformer::new(config, 5).unwrap().cast(), optimizer).unwrap()
 }
 
 pub fn batches(progress: &Progress) -> Batches {
-    let text = ByteText::from_bytes((0..900u32).map(|i| (i * i % 97 % 12) as u8).collect()).unwrap();
+    let text = Corpus::from_bytes((0..900u32).map(|i| (i * i % 97 % 12) as u8).collect()).unwrap();
     let mut batches = Batches::new(text, 0..900, progress.batches).unwrap();
     batches.seek(progress.position);
     batches
@@ -57,7 +63,7 @@ pub fn batches(progress: &Progress) -> Batches {
 pub fn train<T: Scalar>(trainer: &mut Trainer<T>, progress: &mut Progress, end: u64) -> Vec<StepReport> {
     let mut batches = batches(progress);
     let reports = (trainer.steps()..end).map(|step| {
-        let report = trainer.step(&batches.next_batch(), progress.factor(step)).unwrap();
+        let report = trainer.step(&batches.next_batch().unwrap(), progress.factor(step)).unwrap();
         progress.position = batches.position();
         progress.recent.add(report.loss);
         report

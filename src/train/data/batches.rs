@@ -1,9 +1,9 @@
-//! Long training sequences from random places of a text, fed in consecutive updates.
+//! Long training sequences from random places of a corpus, fed in consecutive updates.
 //!
 //! ```text
 //! text      ....[start_b ............................................ start_b + sequence_len].....
 //! update    first |  update_len tokens   |  update_len tokens   |  update_len tokens   |
-//! targets          one byte later, so a sequence touches sequence_len + 1 bytes
+//! targets          one token later, so a sequence touches sequence_len + 1 tokens
 //! ```
 //!
 //! The places come from a stream of random numbers that can be entered anywhere, so that nothing but the number of
@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::ByteText;
+use super::Corpus;
 use crate::Error;
 use crate::error::checked_len;
 
@@ -37,9 +37,9 @@ pub struct BatchConfig {
 /// What one update learns from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// The bytes that are fed, [B, update_len].
+    /// What is fed, [B, update_len].
     pub tokens: Array2<u32>,
-    /// The bytes after them, [B, update_len].
+    /// The tokens after them, [B, update_len].
     pub targets: Array2<u32>,
     /// Whether new sequences begin here, so that the state carried over must be forgotten.
     pub first: bool,
@@ -49,7 +49,7 @@ pub struct Batch {
 /// `(seed, position)` with the very same batches.
 #[derive(Debug, Clone)]
 pub struct Batches {
-    text: ByteText,
+    corpus: Corpus,
     range: Range<usize>,
     config: BatchConfig,
     position: u64,
@@ -59,12 +59,12 @@ pub struct Batches {
 const STREAM: u64 = u64::from_be_bytes(*b"sequence");
 
 impl Batches {
-    /// Draws sequences from this range of the text.
+    /// Draws sequences from this range of the corpus.
     ///
     /// # Errors
     /// [`Error::Invalid`] if a size is 0, the sequence is not a multiple of the update, or the range is not inside the
-    /// text or is shorter than `sequence_len + 1` bytes. [`Error::TooLarge`] if no machine could hold a batch.
-    pub fn new(text: ByteText, range: Range<usize>, config: BatchConfig) -> Result<Self, Error> {
+    /// text or is shorter than `sequence_len + 1` tokens. [`Error::TooLarge`] if no machine could hold a batch.
+    pub fn new(corpus: Corpus, range: Range<usize>, config: BatchConfig) -> Result<Self, Error> {
         let BatchConfig { batch_size, sequence_len, update_len, .. } = config;
         for (what, size) in
             [("batch_size", batch_size), ("update_len", update_len), ("sequence_len", sequence_len)]
@@ -78,13 +78,13 @@ impl Batches {
             return Err(Error::invalid("sequence_len", expected, sequence_len));
         }
         checked_len("tokens", &[batch_size, update_len])?;
-        text.check_range(&range)?;
+        corpus.check_range(&range)?;
         if range.len() <= sequence_len {
-            let expected = format!("longer than the {sequence_len} bytes of sequence_len");
-            let got = format!("{range:?}, which is {} bytes", range.len());
+            let expected = format!("longer than the {sequence_len} tokens of sequence_len");
+            let got = format!("{range:?}, which is {} tokens", range.len());
             return Err(Error::invalid("range", expected, got));
         }
-        Ok(Batches { text, range, config, position: 0 })
+        Ok(Batches { corpus, range, config, position: 0 })
     }
 
     /// Updates handed out so far.
@@ -99,20 +99,23 @@ impl Batches {
     }
 
     /// The next batch.
-    pub fn next_batch(&mut self) -> Batch {
+    ///
+    /// # Errors
+    /// Those of [`Corpus::read`]: a file that is no longer what it was. The batch is then still the next.
+    pub fn next_batch(&mut self) -> Result<Batch, Error> {
         let BatchConfig { batch_size, sequence_len, update_len, .. } = self.config;
         let updates_per_sequence = (sequence_len / update_len) as u64;
         let sequence = self.position / updates_per_sequence;
         let update = self.position % updates_per_sequence;
+        let rows = self.starts(sequence).map(|start| {
+            let start = start + update as usize * update_len;
+            self.corpus.read(start..start + update_len + 1)
+        });
+        let rows: Vec<Vec<u32>> = rows.collect::<Result<_, Error>>()?;
         self.position = self.position.wrapping_add(1);
-
-        let starts: Vec<usize> =
-            self.starts(sequence).map(|start| start + update as usize * update_len).collect();
-        let read = |later: usize| {
-            let byte = |(row, i): (usize, usize)| u32::from(self.text.as_bytes()[starts[row] + i + later]);
-            Array2::from_shape_fn((batch_size, update_len), byte)
-        };
-        Batch { tokens: read(0), targets: read(1), first: update == 0 }
+        let read =
+            |later: usize| Array2::from_shape_fn((batch_size, update_len), |(row, i)| rows[row][i + later]);
+        Ok(Batch { tokens: read(0), targets: read(1), first: update == 0 })
     }
 
     /// Where the rows of this sequence begin: the random numbers of row b of sequence n are number n B + b of the
@@ -135,8 +138,8 @@ mod tests {
     use super::*;
 
     /// A text whose bytes tell where they are, up to 251.
-    fn text(len: usize) -> ByteText {
-        ByteText::from_bytes((0..len).map(|i| (i % 251) as u8).collect()).unwrap()
+    fn text(len: usize) -> Corpus {
+        Corpus::from_bytes((0..len).map(|i| (i % 251) as u8).collect()).unwrap()
     }
 
     fn config(batch_size: usize, sequence_len: usize, update_len: usize) -> BatchConfig {
@@ -144,7 +147,7 @@ mod tests {
     }
 
     fn batches(n: usize, batches: &mut Batches) -> Vec<Batch> {
-        (0..n).map(|_| batches.next_batch()).collect()
+        (0..n).map(|_| batches.next_batch().unwrap()).collect()
     }
 
     #[test]
@@ -187,12 +190,12 @@ mod tests {
             assert_eq!(batches(20 - k, &mut all), run[k..]);
             let mut fresh = Batches::new(text(1000), 0..900, config(3, 12, 4)).unwrap();
             fresh.seek(k as u64);
-            assert_eq!(fresh.next_batch(), run[k]);
+            assert_eq!(fresh.next_batch().as_ref(), Ok(&run[k]));
         }
         let other = BatchConfig { seed: 6, ..config(3, 12, 4) };
         assert_ne!(batches(20, &mut Batches::new(text(1000), 0..900, other).unwrap()), run);
         all.seek(u64::MAX);
-        all.next_batch();
+        all.next_batch().unwrap();
         assert_eq!(all.position(), 0);
     }
 
@@ -228,7 +231,7 @@ mod tests {
         refused(0..0, config(1, 8, 4), "range");
         refused(0..50, config(1, usize::MAX, usize::MAX / 16), "sequence_len");
         let message = refused(10..18, config(1, 8, 4), "range");
-        assert!(message.contains("8 bytes") && message.contains("10..18"), "{message}");
+        assert!(message.contains("8 tokens") && message.contains("10..18"), "{message}");
         assert!(Batches::new(text(50), 10..19, config(1, 8, 4)).is_ok());
         let error = Batches::new(text(50), 0..50, config(usize::MAX, 8, 4)).unwrap_err();
         assert!(matches!(error, Error::TooLarge { .. }));

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayD, ArrayView2, Ix2, s};
 
-use super::checkpoint::stacked;
+use super::states::stacked;
 use crate::attention::quadratic::KeyValues;
 use crate::model::checkpoint::{file_error, tensor};
 use crate::model::{ModelConfig, Tensor, TensorFile};
