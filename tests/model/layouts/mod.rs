@@ -3,13 +3,11 @@
 
 mod dropout;
 mod sizes;
-#[path = "../support/training.rs"]
-mod training;
 
+use crate::runs::{STEPS, bits, progress, train, trainer};
 use ndarray::{Array2, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use training::{STEPS, bits, progress, train, trainer};
 use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::check::relative_rms;
@@ -52,7 +50,7 @@ fn layouts() -> Vec<(&'static str, ModelConfig)> {
     let hybrid = vec![UnitKind::Quadratic, UnitKind::Vq, UnitKind::Window];
     vec![
         ("one gated head", small()),
-        ("of the other tests", training::config()),
+        ("of the other tests", crate::runs::config()),
         ("three gated heads", heads(3, None, true)),
         ("multi-head", heads(3, None, false)),
         ("grouped", heads(4, Some(2), false)),

@@ -1,12 +1,10 @@
 //! Every form of attention computes the same function as the definition: outputs, states and every gradient.
 
-mod support;
-
 use std::collections::BTreeMap;
 
+use crate::support::{Case, Problem, cases};
 use ndarray::{Array, Array1, ArrayView, ArrayViewD, Axis, Dimension, concatenate};
 use proptest::prelude::*;
-use support::{Case, Problem, cases};
 use transformer_vq::attention::{
     AttentionState, CompressiveCache, Gradients, Output, VqAttention, WindowKeys, blockwise, naive, stream,
 };
@@ -144,7 +142,7 @@ fn in_f64(attention: &VqAttention, problem: &Problem<f32>) -> Problem<f64> {
 }
 
 proptest! {
-    #![proptest_config(support::config(400))]
+    #![proptest_config(crate::support::config(400))]
 
     #[test]
     fn every_form_equals_the_definition(case in cases()) {

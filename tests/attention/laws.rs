@@ -3,13 +3,11 @@
 //! To the bit: what a query sees is never touched by later tokens, and the state after a sequence does not depend on how it
 //! was cut into pieces, blocks or single tokens. Outputs of another cut are equal to rounding.
 
-mod support;
-
+use crate::support::{Case, Problem, cases};
 use ndarray::{Array, Array1, Array2, ArrayRef, Axis, Dimension, concatenate, s};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::{Case, Problem, cases};
 use transformer_vq::attention::{
     AttentionState, CompressiveCache, Gradients, Output, VqAttention, blockwise, naive, stream,
 };
@@ -81,7 +79,7 @@ fn fresh(case: Case) -> Case {
 }
 
 proptest! {
-    #![proptest_config(support::config(150))]
+    #![proptest_config(crate::support::config(150))]
 
     #[test]
     fn block_length_does_not_matter(case in cases(), block_len in 1..50usize) {

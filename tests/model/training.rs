@@ -1,10 +1,7 @@
 //! What a trainer is told beside its batches: the optimizer, groups of parameters, a hook on gradients.
 
-#[path = "support/training.rs"]
-mod training;
-
+use crate::runs::{batches, bits, config, progress, train, trainer, trainer_with};
 use safetensors::SafeTensors;
-use training::{batches, bits, config, progress, train, trainer, trainer_with};
 use transformer_vq::model::{LearningConfig, ModelConfig, Transformer};
 use transformer_vq::ndarray::ArrayD;
 use transformer_vq::train::{

@@ -1,9 +1,6 @@
 //! Gradients of micro-batches, merged, are those of one batch of all their sequences; so are the steps taken with them.
 
-#[path = "support/training.rs"]
-mod training;
-
-use training::{batches, bits, config, progress, train, trainer};
+use crate::runs::{batches, bits, config, progress, train, trainer};
 use transformer_vq::codebook::{Estimator, Rotation};
 use transformer_vq::model::{
     CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival, Transformer,
@@ -233,7 +230,7 @@ fn what_does_not_fit_is_refused_and_loses_nothing() {
         ModelConfig { revival: Some(Revival { ratio: 0.5, every: 2 }), ..config() },
     ];
     for other in others {
-        let mut other = training::trainer::<f32>(other);
+        let mut other = crate::runs::trainer::<f32>(other);
         let theirs = other.gradients(&batch).unwrap();
         let mut merged = mine.clone();
         let refused = merged.merge(theirs.clone());
@@ -241,7 +238,7 @@ fn what_does_not_fit_is_refused_and_loses_nothing() {
         assert_eq!(merged, mine);
     }
     let before = bits(&trainer, &progress());
-    let theirs = |config| training::trainer::<f32>(config).gradients(&batch).unwrap();
+    let theirs = |config| crate::runs::trainer::<f32>(config).gradients(&batch).unwrap();
     for config in [ModelConfig { d_v: 6, ..config() }, ModelConfig { n_codes: 6, ..config() }] {
         assert!(matches!(trainer.apply(theirs(config), 1.0), Err(Error::Shape { .. })));
     }

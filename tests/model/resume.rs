@@ -1,10 +1,7 @@
 //! A run that is stopped anywhere, saved, loaded and continued is the run that was never stopped, bit for bit; and a step
 //! that cannot be taken leaves everything as it was.
 
-#[path = "support/training.rs"]
-mod training;
-
-use training::{STEPS, bits, config, progress, train, trainer, trainer_with};
+use crate::runs::{STEPS, bits, config, progress, train, trainer, trainer_with};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{CodebookStart, ModelConfig, Revival, Transformer};
 use transformer_vq::train::{Adafactor, AdamW, Batch, Lion, ParameterGroup, Trainer};
@@ -81,7 +78,7 @@ fn a_run_saved_at_every_step_is_the_run_that_never_was() {
 fn begun() -> (Trainer<f32>, Batch) {
     let (mut trainer, mut progress) = (trainer(config()), progress());
     train(&mut trainer, &mut progress, 4);
-    let batch = training::batches(&progress).next_batch().unwrap();
+    let batch = crate::runs::batches(&progress).next_batch().unwrap();
     assert!(!batch.first);
     (trainer, batch)
 }

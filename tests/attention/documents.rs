@@ -1,15 +1,13 @@
 //! Several documents in one sequence, and sequences of different lengths in one batch: everything is what each gives alone, to
 //! the bit, in every form.
 
-mod support;
-
 use std::ops::Range;
 
+use crate::support::{Problem, cases};
 use ndarray::{Array, Array1, Array2, Array3, Array4, Axis, Dimension, ShapeBuilder, s};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::{Problem, cases};
 use transformer_vq::attention::{
     AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, Gradients, Output, VqAttention,
     blockwise, quadratic, stream,
@@ -54,7 +52,7 @@ fn alone(problem: &Problem<f64>, tokens: Range<usize>) -> Problem<f64> {
 }
 
 proptest! {
-    #![proptest_config(support::config(100))]
+    #![proptest_config(crate::support::config(100))]
 
     #[test]
     fn each_document_is_as_if_it_had_been_fed_alone(case in cases(), every in 1..60u64) {

@@ -1,13 +1,10 @@
 //! Checkpoints come back bit for bit, and one that is killed while it is written leaves the one before.
 
-#[path = "support/training.rs"]
-mod training;
-
 use std::fs;
 use std::path::Path;
 
+use crate::runs::{bits, config, files, progress, train, trainer};
 use tempfile::TempDir;
-use training::{bits, config, files, progress, train, trainer};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
 use transformer_vq::model::{
