@@ -268,7 +268,7 @@ impl VqAttention {
         inputs.check_arrays(self)?;
         let ((b, h, t, k), n_key_heads) = (inputs.q.dim(), inputs.n_key_heads());
         check_shape("saved.codes", &[b, n_key_heads, t], codes.shape())?;
-        check_shape("saved.lse", &[b, h, t], lse.shape())?;
+        inputs.check_saved(lse)?;
         check_shape("saved.codewords", &[n_key_heads, codewords.len_of(Axis(1)), k], codewords.shape())?;
         let d_v = inputs.v.len_of(Axis(3));
         for start in starts {

@@ -1,6 +1,6 @@
 //! Which key head a query head reads; which positions of a batch exist, which count, and whether their numbers are finite.
 
-use ndarray::{Array2, ArrayView3, ArrayView4, Axis, s};
+use ndarray::{Array2, Array3, ArrayView3, ArrayView4, Axis, s};
 
 use super::{BatchBiases, BatchInputs};
 use crate::error::{check_finite, check_shape};
@@ -30,6 +30,19 @@ impl<T: Scalar> BatchInputs<'_, T> {
     /// H / Hk: query heads that read one key head.
     pub(super) fn group(&self) -> usize {
         self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
+    }
+
+    /// Checks that lse [B, H, T] comes from sequences of these lengths: where a token does not exist it is -infinity.
+    pub(super) fn check_saved(&self, lse: &Array3<T>) -> Result<(), Error> {
+        let (b, h, t, _) = self.q.dim();
+        check_shape("saved.lse", &[b, h, t], lse.shape())?;
+        for (b, lse) in lse.outer_iter().enumerate() {
+            for lse in lse.outer_iter() {
+                let existed = lse.iter().filter(|&&lse| lse > T::neg_infinity()).count();
+                check_shape("saved.lse", &[self.len_of(b)], &[existed])?;
+            }
+        }
+        Ok(())
     }
 
     /// Tokens of sequence b that exist.
