@@ -87,7 +87,8 @@ pub fn checks() -> Vec<Check> {
         check("model: dropout of everything", || {
             let dropout = Dropout { embedding: 0.2, residual: 0.3, sinusoid: 0.25, layer: 0.3 };
             let feed_forward = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 3 });
-            error(&ModelConfig { dropout, feed_forward, n_layers: 3, d_v: 3, ..small() }, true)
+            // Dropped numbers leave short rows to normalise: the loss is curved, and the error falls as step^4 down to here.
+            error_at(&ModelConfig { dropout, feed_forward, n_layers: 3, d_v: 3, ..small() }, true, 1.5e-4)
         }),
         check("model: dropout, exact, absolute positions", || {
             let dropout = Dropout { embedding: 0.2, residual: 0.3, sinusoid: 0.25, layer: 0.0 };
@@ -135,8 +136,13 @@ fn small() -> ModelConfig {
     }
 }
 
-/// The largest error over the gradients of all parameters.
+/// [`error_at`] the step that suits all but the most curved losses.
 fn error(config: &ModelConfig, masked: bool) -> f64 {
+    error_at(config, masked, 1e-3)
+}
+
+/// The largest error over the gradients of all parameters.
+fn error_at(config: &ModelConfig, masked: bool, step: f64) -> f64 {
     const BATCH: usize = 2;
     let model = Transformer::new(config.clone(), 5).unwrap().cast::<f64>();
     let mut rng = ChaCha8Rng::seed_from_u64(6);
@@ -169,7 +175,7 @@ fn error(config: &ModelConfig, masked: bool) -> f64 {
                 surrogate.total(&moved)
             },
             &at,
-            1e-3,
+            step,
         );
         let gradient: ArrayD<f64> = gradient.value.to_owned();
         worst = worst.max(relative_rms(&gradient, &expected));

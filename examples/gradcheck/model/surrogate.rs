@@ -192,7 +192,7 @@ impl<'a> Surrogate<'a> {
                     self.piece.row(sequence).iter().map(|&token| token as usize).collect();
                 let embedded = parameters.embedding.select(Axis(0), &tokens);
                 let scale = parameters.position_scale.as_ref().map_or(0.0, |scale| scale[0]);
-                (embedded + scale * &sinusoids) * &dropped.embedding.slice(s![sequence, .., ..])
+                (embedded + scale * &sinusoids) * dropped.embedding.slice(s![sequence, .., ..])
             })
             .collect();
         let gradient = match self.config.learning {
