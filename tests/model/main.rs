@@ -6,7 +6,6 @@ mod codebooks;
 mod golden;
 mod layouts;
 mod resume;
-#[allow(dead_code)] // each test takes its part
 #[path = "../support/training.rs"]
 mod runs;
 mod training;
