@@ -30,7 +30,7 @@ use super::{Dropout, ModelConfig};
 use crate::attention::VqAttention;
 
 impl ModelConfig {
-    /// The paper's model of enwik8: 185 million parameters (the paper says 190), see the [module](self).
+    /// The paper's model of enwik8: 185 million parameters (the paper says 190).
     pub fn enwik8() -> Self {
         ModelConfig {
             vocab_size: BYTES_AFTER_SPECIAL,
@@ -42,7 +42,7 @@ impl ModelConfig {
         }
     }
 
-    /// The paper's model of PG-19: 1.3 billion parameters, see the [module](self).
+    /// The paper's model of PG-19: 1.3 billion parameters.
     pub fn pg19() -> Self {
         ModelConfig {
             vocab_size: 32_000,
@@ -55,7 +55,7 @@ impl ModelConfig {
         }
     }
 
-    /// The paper's model of ImageNet64: 1.2 billion parameters, see the [module](self).
+    /// The paper's model of ImageNet64: 1.2 billion parameters.
     pub fn imagenet64() -> Self {
         ModelConfig {
             vocab_size: BYTES_AFTER_SPECIAL,
