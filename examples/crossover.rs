@@ -16,6 +16,9 @@
 //! A head has the published multi-head shape (K = V = 64, S = 256, L = M = 128). There are two of them: every head costs
 //! the same, so their number changes neither speed-ups nor the crossover, only how long this runs.
 
+#[path = "support/exit.rs"]
+mod exit;
+
 use std::error::Error;
 use std::fs;
 use std::hint::black_box;
@@ -26,6 +29,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use clap::builder::RangedU64ValueParser;
+use exit::exit;
 use plotters::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -91,13 +95,7 @@ fn within(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(Args::parse()))
 }
 
 fn run(mut args: Args) -> Result<(), Box<dyn Error>> {

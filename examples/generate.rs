@@ -6,6 +6,9 @@
 //! cargo run --release --example generate -- --model runs/train_lm --prompt "pub fn "
 //! ```
 
+#[path = "support/exit.rs"]
+mod exit;
+
 use std::error::Error;
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,6 +16,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use exit::exit;
 use transformer_vq::generate::{Generator, Sampler};
 use transformer_vq::model::Transformer;
 use transformer_vq::ndarray::Array1;
@@ -43,13 +47,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

@@ -15,6 +15,8 @@
 mod budget;
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 #[path = "../support/text.rs"]
 mod text;
 
@@ -27,6 +29,7 @@ use std::time::Instant;
 use budget::{progress, train};
 use chart::{Chart, Curve, number};
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use text::{name, read_text, score, split};
@@ -166,13 +169,7 @@ fn main() -> ExitCode {
         args.steps = 2;
         args.seeds.truncate(1);
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&args))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

@@ -17,6 +17,8 @@
 mod adam;
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 #[path = "../support/learner.rs"]
 mod learner;
 mod mixture;
@@ -31,6 +33,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use exit::exit;
 use mixture::Mixture;
 use racers::{Racer, racers};
 use rayon::prelude::*;
@@ -90,13 +93,7 @@ pub struct Curve {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

@@ -11,6 +11,8 @@
 //! cargo run --release --example codebooks_in_attention -- --data FILE --minutes 5 --only default,rotation,sim-vq
 //! ```
 
+#[path = "../support/exit.rs"]
+mod exit;
 mod kinds;
 #[path = "../support/sizes.rs"]
 mod sizes;
@@ -25,6 +27,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use kinds::{KINDS, Kind};
 use sizes::Sizes;
@@ -108,13 +111,7 @@ impl fmt::Display for Row {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

@@ -9,6 +9,8 @@
 //! cargo run --release --example images
 //! ```
 
+#[path = "../support/exit.rs"]
+mod exit;
 mod pictures;
 mod png;
 
@@ -17,6 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use pictures::{LEVELS, PIXELS, Picture, SIDE, draw};
 use rand::SeedableRng;
@@ -65,13 +68,7 @@ fn main() -> ExitCode {
     if args.short {
         args.steps = 3;
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&args))
 }
 
 fn config() -> ModelConfig {

@@ -15,6 +15,8 @@
 
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 mod learn;
 mod report;
 mod stream;
@@ -25,6 +27,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use report::Outcome;
@@ -62,13 +65,7 @@ fn main() -> ExitCode {
     if args.short {
         args = Args { len: 20_000, steps: 4, seeds: vec![1], ..args };
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&args))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

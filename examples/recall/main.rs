@@ -18,6 +18,8 @@ mod adam;
 mod attention;
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 mod linear;
 mod model;
 mod table;
@@ -28,6 +30,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Kind, Model};
 use rand::SeedableRng;
@@ -107,13 +110,7 @@ fn main() -> ExitCode {
     if args.short {
         args = Args { pairs: vec![8], codes: vec![32], seeds: vec![1], steps: 4, ..args };
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&args))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

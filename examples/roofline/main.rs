@@ -37,6 +37,8 @@ mod assignment;
 mod attention;
 mod bandwidth;
 mod decoding;
+#[path = "../support/exit.rs"]
+mod exit;
 mod machine;
 mod memory;
 mod others;
@@ -53,6 +55,7 @@ use std::process::ExitCode;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
+use exit::exit;
 
 use crate::machine::{Machine, Rounds};
 use crate::report::Report;
@@ -121,13 +124,7 @@ pub struct Run<'a> {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result {

@@ -20,6 +20,8 @@
 mod args;
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 mod log;
 mod picture;
 mod run;
@@ -40,6 +42,7 @@ use std::time::{Duration, Instant};
 
 use args::Args;
 use clap::Parser;
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, Row};
 use run::Run;
@@ -52,13 +55,7 @@ const EVALUATIONS: u64 = 20;
 const EVALUATION_LEN: usize = 16 * 1024;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {

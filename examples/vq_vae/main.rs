@@ -18,6 +18,8 @@ mod adam;
 mod autoencoder;
 #[path = "../support/chart.rs"]
 mod chart;
+#[path = "../support/exit.rs"]
+mod exit;
 mod images;
 #[path = "../support/learner.rs"]
 mod learner;
@@ -31,6 +33,7 @@ use std::time::Instant;
 
 use autoencoder::Autoencoder;
 use clap::{Parser, ValueEnum};
+use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use learner::{Kind, Start};
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
@@ -157,13 +160,7 @@ pub struct Point {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
