@@ -28,7 +28,7 @@ impl<T: Scalar> BatchInputs<'_, T> {
     }
 
     /// H / Hk: query heads that read one key head.
-    pub(super) fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.q.len_of(Axis(1)).checked_div(self.n_key_heads()).unwrap_or(1)
     }
 

@@ -105,11 +105,6 @@ fn biases_of<'a, T: Scalar>(inputs: &'a BatchInputs<'_, T>, h: usize, group: usi
     })
 }
 
-/// H / Hk.
-fn group<T>(inputs: &BatchInputs<'_, T>) -> usize {
-    inputs.q.len_of(Axis(1)) / inputs.k.len_of(Axis(1)).max(1)
-}
-
 /// [B, H, T, width] of zeros, laid out token by token.
 fn by_token<T: Scalar>((b, h, t): (usize, usize, usize), width: usize) -> Array4<T> {
     Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3])
@@ -123,7 +118,7 @@ fn attend_exactly<T: Scalar>(
     for ((b, h), state) in states.indexed_iter_mut() {
         state.append(inputs.k.slice(s![b, h, .., ..]), inputs.v.slice(s![b, h, .., ..]));
     }
-    let ((b, h, t, _), group, states) = (inputs.q.dim(), group(inputs), &*states);
+    let ((b, h, t, _), group, states) = (inputs.q.dim(), inputs.group(), &*states);
     let attend = |n: usize| {
         let (b, h) = (n / h, n % h);
         let q = inputs.q.slice(s![b, h, .., ..]);
@@ -147,7 +142,7 @@ fn backward_exactly<T: Scalar>(
     lse: &Array3<T>,
     d_out: ArrayView4<'_, T>,
 ) -> BatchGradients<T> {
-    let ((b, h, t, k), (_, n_key_heads, _, d_v), group) = (inputs.q.dim(), inputs.v.dim(), group(inputs));
+    let ((b, h, t, k), (_, n_key_heads, _, d_v), group) = (inputs.q.dim(), inputs.v.dim(), inputs.group());
     let backward = |n: usize| {
         let (b, h) = (n / h, n % h);
         let rows = s![b, h, .., ..];
