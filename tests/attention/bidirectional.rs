@@ -1,8 +1,9 @@
 //! Bidirectional attention equals its definition, outputs and every gradient; and it obeys laws that need none.
 
+use crate::support::random;
 use std::collections::BTreeMap;
 
-use ndarray::{Array, Array1, Array2, ArrayRef, Axis, Dimension, ShapeBuilder, concatenate, s};
+use ndarray::{Array1, Array2, ArrayRef, Axis, Dimension, concatenate, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
@@ -51,11 +52,6 @@ struct Problem<T> {
     codewords: Array2<T>,
     mask: Option<Array1<bool>>,
     d_out: Array2<T>,
-}
-
-/// Uniform in [-1, 1].
-fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<f64, D> {
-    Array::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
 }
 
 impl Problem<f64> {

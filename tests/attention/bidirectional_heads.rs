@@ -1,8 +1,9 @@
 //! Bidirectional attention over batch x heads: the functions of one head and of the codebook, called one by one, give the same
 //! numbers; memory layouts and numbers of threads change no bit.
 
-use ndarray::{Array, Array2, Array3, Array4, ArrayView4, Dimension, ShapeBuilder, s};
-use rand::{RngExt, SeedableRng};
+use crate::support::random;
+use ndarray::{Array2, Array3, Array4, ArrayView4, s};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::{
@@ -27,13 +28,6 @@ struct Batch<T> {
     mask: Option<Array2<bool>>,
     codebook: Codebook<T>,
     d_out: Array4<T>,
-}
-
-fn random<T: Scalar, Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<T, Sh::Dim>
-where
-    Sh::Dim: Dimension,
-{
-    Array::from_shape_simple_fn(shape, || T::from_f64(rng.random_range(-1.0..1.0)))
 }
 
 impl<T: Scalar> Batch<T> {

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use crate::support::{Problem, cases};
-use ndarray::{Array, Array1, Array2, Array3, Array4, Axis, Dimension, ShapeBuilder, s};
+use crate::support::{Problem, cases, random};
+use ndarray::{Array1, Array2, Array3, Array4, Axis, s};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -139,16 +139,11 @@ proptest! {
     }
 }
 
-/// Uniform in [-1, 1].
-fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<f64, D> {
-    Array::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
-}
-
 #[test]
 fn quadratic_attention_meets_each_document_alone() {
     let rng = &mut ChaCha8Rng::seed_from_u64(1);
     for (t, every) in [(0, 3), (1, 1), (70, 7), (300, 90), (300, 1000)] {
-        let [q, k] = [(); 2].map(|()| random(rng, (t, 5)));
+        let [q, k]: [Array2<f64>; 2] = [(); 2].map(|()| random(rng, (t, 5)));
         let [v, d_out] = [(); 2].map(|()| random(rng, (t, 3)));
         let starts = Array1::from_shape_fn(t, |t| t % every == every / 2);
         let (out, lse) = quadratic::forward_documents(q.view(), k.view(), v.view(), starts.view()).unwrap();

@@ -1,8 +1,9 @@
 //! Grouped queries: fewer heads of keys and values than of queries give what each query head with a copy of its key head gives,
 //! and the gradients of a key head are the sums over its copies. In every form, whatever the layout, on any number of threads.
 
-use ndarray::{Array, Array1, Array2, Array3, Array4, Axis, Dimension, ShapeBuilder, s};
-use rand::{RngExt, SeedableRng};
+use crate::support::random;
+use ndarray::{Array, Array1, Array2, Array3, Array4, Axis, s};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::{
     AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, VqAttention,
@@ -33,14 +34,6 @@ struct Batch {
     codewords: Array3<f64>,
     states: States,
     d_out: Array4<f64>,
-}
-
-/// Uniform in [-1, 1].
-fn random<Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<f64, Sh::Dim>
-where
-    Sh::Dim: Dimension,
-{
-    Array::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
 }
 
 /// Each slice of an axis so many times in a row.

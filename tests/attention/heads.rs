@@ -1,10 +1,9 @@
 //! Attention over batch x heads: the functions of one head and of the codebook, called one by one, give the same numbers;
 //! memory layouts and numbers of threads change no bit.
 
-use ndarray::{
-    Array, Array1, Array2, Array3, Array4, ArrayView4, Axis, Dimension, ShapeBuilder, concatenate, s,
-};
-use rand::{RngExt, SeedableRng};
+use crate::support::random;
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, Axis, ShapeBuilder, concatenate, s};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::{
@@ -34,14 +33,6 @@ struct Batch<T> {
     codebook: Codebook<T>,
     states: States<T>,
     d_out: Array4<T>,
-}
-
-/// Uniform in [-1, 1].
-fn random<T: Scalar, Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<T, Sh::Dim>
-where
-    Sh::Dim: Dimension,
-{
-    Array::from_shape_simple_fn(shape, || T::from_f64(rng.random_range(-1.0..1.0)))
 }
 
 impl<T: Scalar> Batch<T> {

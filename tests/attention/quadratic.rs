@@ -1,7 +1,8 @@
 //! Quadratic attention equals the definition in which every key is its own codeword.
 
-use ndarray::{Array, Array1, Array2, Dimension, ShapeBuilder, s};
-use rand::{RngExt, SeedableRng};
+use crate::support::random;
+use ndarray::{Array1, Array2, s};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::quadratic::{self, KeyValues};
 use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, naive};
@@ -85,10 +86,6 @@ impl<T: Scalar> Computed<T> {
         });
         [relative_rms(&self.out, &expected.out), relative_rms(&self.lse, &expected.lse), q, k, v]
     }
-}
-
-fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<f64, D> {
-    Array::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
 }
 
 #[test]

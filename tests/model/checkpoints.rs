@@ -143,7 +143,14 @@ fn older_checkpoints_are_read_as_what_they_were() {
     let old = safetensors::serialize(tensors, Some(information)).unwrap();
     fs::write(&path, old).unwrap();
     let (loaded, loaded_progress) = Trainer::<f32>::load(folder.path()).unwrap();
-    assert_eq!(loaded_progress, progress);
+    // But for the step with which its sequences began, which only dropout asks for.
+    let same = |trainer: &Trainer<f32>, progress: &Progress| {
+        let [json, tensors] = bits(trainer, progress);
+        let mut manifest: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        manifest["training"]["sequence"] = 0.into();
+        (manifest, tensors)
+    };
+    assert!(same(&loaded, &loaded_progress) == same(&trainer, &progress), "the same run");
     assert_eq!(loaded.model(), trainer.model());
     assert_eq!(loaded.optimizer(), trainer.optimizer());
     assert_eq!(loaded.model().config().learning, LearningConfig::default());

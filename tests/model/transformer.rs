@@ -18,7 +18,7 @@ const B: usize = 3;
 const T: usize = 41;
 const VOCAB: usize = 11;
 
-fn small() -> ModelConfig {
+pub fn small() -> ModelConfig {
     ModelConfig {
         vocab_size: VOCAB,
         d_model: 16,

@@ -21,6 +21,14 @@ where
     })
 }
 
+/// Uniform in [-1, 1].
+pub fn random<T: Scalar, Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<T, Sh::Dim>
+where
+    Sh::Dim: Dimension,
+{
+    Array::from_shape_simple_fn(shape, || T::from_f64(rng.random_range(-1.0..1.0)))
+}
+
 /// Sizes and options of one problem.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {

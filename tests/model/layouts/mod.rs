@@ -27,19 +27,7 @@ const DROPOUT: Dropout = Dropout { embedding: 0.1, residual: 0.2, sinusoid: 0.2,
 const GELU: Option<FeedForward> = Some(FeedForward { kind: FeedForwardKind::Gelu, width: 14 });
 
 fn small() -> ModelConfig {
-    ModelConfig {
-        vocab_size: VOCAB,
-        d_model: 16,
-        n_layers: 3,
-        n_heads: 1,
-        d_k: 8,
-        d_v: 6,
-        n_codes: 9,
-        attention: VqAttention { block_len: 8, window: 5, ..VqAttention::default() },
-        commit_weight: 0.2,
-        codebook_decay: 0.9,
-        ..ModelConfig::default()
-    }
+    ModelConfig { vocab_size: VOCAB, d_v: 6, ..crate::transformer::small() }
 }
 
 /// Every layout, by name.
