@@ -80,6 +80,7 @@
 pub mod attention;
 pub mod check;
 pub mod codebook;
+mod compiled;
 mod error;
 pub mod ops;
 mod scalar;

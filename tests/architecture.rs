@@ -18,9 +18,10 @@ use transformer_vq::codebook::{
 use transformer_vq::ops::rms_norm;
 
 /// What a module of the crate may import: only what has a smaller number.
-const LEVELS: [(&str, u32); 9] = [
+const LEVELS: [(&str, u32); 10] = [
     ("error", 0),
     ("scalar", 0),
+    ("compiled", 0),
     ("check", 0),
     ("ops", 1),
     ("codebook", 2),

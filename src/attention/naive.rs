@@ -21,6 +21,7 @@ use super::{
     AttentionState, BiasGradients, CompressiveCache, Gradients, Inputs, Output, VqAttention,
     state::WindowKeys,
 };
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
@@ -217,6 +218,24 @@ pub fn forward<T: Scalar>(
     k_hat: ArrayView2<'_, T>,
     state: &AttentionState<T>,
 ) -> Result<(Output<T>, AttentionState<T>), Error> {
+    compiled_here!(
+        T,
+        forward_here::<T>,
+        fn(
+            &VqAttention,
+            &Inputs<'_, T>,
+            ArrayView2<'_, T>,
+            &AttentionState<T>,
+        ) -> Result<(Output<T>, AttentionState<T>), Error>
+    )(attention, inputs, k_hat, state)
+}
+
+fn forward_here<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    k_hat: ArrayView2<'_, T>,
+    state: &AttentionState<T>,
+) -> Result<(Output<T>, AttentionState<T>), Error> {
     let definition = Definition::new(attention, inputs, &k_hat, state)?;
     let t = inputs.q.nrows();
     let mut output = Output {
@@ -254,6 +273,26 @@ pub fn forward<T: Scalar>(
 /// # Errors
 /// As [`forward`].
 pub fn backward<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    k_hat: ArrayView2<'_, T>,
+    state: &AttentionState<T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<Gradients<T>, Error> {
+    compiled_here!(
+        T,
+        backward_here::<T>,
+        fn(
+            &VqAttention,
+            &Inputs<'_, T>,
+            ArrayView2<'_, T>,
+            &AttentionState<T>,
+            ArrayView2<'_, T>,
+        ) -> Result<Gradients<T>, Error>
+    )(attention, inputs, k_hat, state, d_out)
+}
+
+fn backward_here<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     k_hat: ArrayView2<'_, T>,

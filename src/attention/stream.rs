@@ -17,6 +17,7 @@ use ndarray::{ArrayView1, ArrayViewMut1, Zip, s};
 
 use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention, documents};
+use crate::compiled::compiled_here;
 use crate::ops::matmul::vector_product;
 use crate::ops::rows;
 use crate::ops::simd::{fused, on_best_simd};
@@ -56,6 +57,18 @@ const BLOCKWISE_FROM: usize = 4;
 /// # Errors
 /// As [`blockwise::forward`]; the state is then as it was.
 pub fn push<T: Scalar>(
+    attention: &VqAttention,
+    inputs: &Inputs<'_, T>,
+    state: &mut AttentionState<T>,
+) -> Result<Output<T>, Error> {
+    compiled_here!(
+        T,
+        push_here::<T>,
+        fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>) -> Result<Output<T>, Error>
+    )(attention, inputs, state)
+}
+
+fn push_here<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,
     state: &mut AttentionState<T>,

@@ -37,6 +37,7 @@ use ndarray::{Array1, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
 use super::packed::PackedCodewords;
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
@@ -113,6 +114,17 @@ pub fn assign<T: Scalar>(
     keys: ArrayView2<'_, T>,
     codewords: ArrayView2<'_, T>,
 ) -> Result<Array1<u32>, Error> {
+    compiled_here!(
+        T,
+        assign_here::<T>,
+        fn(ArrayView2<'_, T>, ArrayView2<'_, T>) -> Result<Array1<u32>, Error>
+    )(keys, codewords)
+}
+
+fn assign_here<T: Scalar>(
+    keys: ArrayView2<'_, T>,
+    codewords: ArrayView2<'_, T>,
+) -> Result<Array1<u32>, Error> {
     check_codewords(codewords.insert_axis(Axis(0)))?;
     check_shape("keys", &[keys.nrows(), codewords.ncols()], keys.shape())?;
     checked_len("codes", &[keys.nrows()])?;
@@ -125,6 +137,17 @@ pub fn assign<T: Scalar>(
 
 /// The codes of keys [B, H, T, K], each head with its own codewords [H, S, K]: codes [B, H, T].
 pub(super) fn assign_heads<T: Scalar>(
+    keys: ArrayView4<'_, T>,
+    codewords: ArrayView3<'_, T>,
+) -> Result<Array3<u32>, Error> {
+    compiled_here!(
+        T,
+        assign_heads_here::<T>,
+        fn(ArrayView4<'_, T>, ArrayView3<'_, T>) -> Result<Array3<u32>, Error>
+    )(keys, codewords)
+}
+
+fn assign_heads_here<T: Scalar>(
     keys: ArrayView4<'_, T>,
     codewords: ArrayView3<'_, T>,
 ) -> Result<Array3<u32>, Error> {

@@ -20,6 +20,7 @@ use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, s};
 use super::CodeStats;
 use super::assign::check_codewords;
 use super::revive::Replacement;
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::{Error, Scalar};
 
@@ -174,6 +175,12 @@ impl<T: Scalar> Ema<T> {
 
     /// (2) and (3); the state is left as it was if an error is returned.
     pub(super) fn update(&mut self, stats: &CodeStats<T>) -> Result<(), Error> {
+        compiled_here!(T, Ema::<T>::update_here, fn(&mut Ema<T>, &CodeStats<T>) -> Result<(), Error>)(
+            self, stats,
+        )
+    }
+
+    fn update_here(&mut self, stats: &CodeStats<T>) -> Result<(), Error> {
         check_shape("stats", self.sums.shape(), stats.sums().shape())?;
         check_finite("stats.sums", stats.sums())?;
         let (keep, take) = (T::from_f64(self.decay), T::from_f64(1.0 - self.decay));

@@ -22,6 +22,7 @@ use rayon::prelude::*;
 
 use super::stats::add_rows_by_code;
 use super::{Rotation, check_codes, directional, rotation};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::rows::all_finite;
 use crate::{Error, Scalar};
@@ -93,6 +94,26 @@ impl Estimator {
         codewords: ArrayView3<'_, T>,
         d_quantized: Array4<T>,
     ) -> Result<Array4<T>, Error> {
+        compiled_here!(
+            T,
+            Estimator::key_gradient_here::<T>,
+            fn(
+                Estimator,
+                ArrayView4<'_, T>,
+                ArrayView3<'_, u32>,
+                ArrayView3<'_, T>,
+                Array4<T>,
+            ) -> Result<Array4<T>, Error>
+        )(self, keys, codes, codewords, d_quantized)
+    }
+
+    fn key_gradient_here<T: Scalar>(
+        self,
+        keys: ArrayView4<'_, T>,
+        codes: ArrayView3<'_, u32>,
+        codewords: ArrayView3<'_, T>,
+        d_quantized: Array4<T>,
+    ) -> Result<Array4<T>, Error> {
         self.check(keys, codes, codewords, d_quantized.view())?;
         let (_, n_heads, len, d_k) = keys.dim();
         let mut d = if d_quantized.is_standard_layout() {
@@ -141,6 +162,26 @@ impl Estimator {
     /// # Errors
     /// As [`key_gradient`](Self::key_gradient).
     pub fn codeword_gradient<T: Scalar>(
+        self,
+        keys: ArrayView4<'_, T>,
+        codes: ArrayView3<'_, u32>,
+        codewords: ArrayView3<'_, T>,
+        d_quantized: ArrayView4<'_, T>,
+    ) -> Result<Array3<T>, Error> {
+        compiled_here!(
+            T,
+            Estimator::codeword_gradient_here::<T>,
+            fn(
+                Estimator,
+                ArrayView4<'_, T>,
+                ArrayView3<'_, u32>,
+                ArrayView3<'_, T>,
+                ArrayView4<'_, T>,
+            ) -> Result<Array3<T>, Error>
+        )(self, keys, codes, codewords, d_quantized)
+    }
+
+    fn codeword_gradient_here<T: Scalar>(
         self,
         keys: ArrayView4<'_, T>,
         codes: ArrayView3<'_, u32>,

@@ -93,6 +93,7 @@ pub use stats::CodeStats;
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayView4};
 
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
@@ -234,6 +235,10 @@ impl<T: Scalar> Codebook<T> {
 
     /// The codewords [H, S, K], derived from the state.
     pub fn codewords(&self) -> Array3<T> {
+        compiled_here!(T, Codebook::<T>::codewords_here, fn(&Codebook<T>) -> Array3<T>)(self)
+    }
+
+    fn codewords_here(&self) -> Array3<T> {
         self.learning.codewords(&self.parameters)
     }
 
@@ -250,6 +255,18 @@ impl<T: Scalar> Codebook<T> {
     /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Invalid`] for gradients of another kind of learning. Then nothing has
     /// been added.
     pub fn backward(
+        &self,
+        d_codewords: ArrayView3<'_, T>,
+        gradients: &mut CodebookParameters<T>,
+    ) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            Codebook::<T>::backward_here,
+            fn(&Codebook<T>, ArrayView3<'_, T>, &mut CodebookParameters<T>) -> Result<(), Error>
+        )(self, d_codewords, gradients)
+    }
+
+    fn backward_here(
         &self,
         d_codewords: ArrayView3<'_, T>,
         gradients: &mut CodebookParameters<T>,

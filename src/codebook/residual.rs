@@ -47,6 +47,7 @@ use rayon::prelude::*;
 
 use super::assign::assign_heads;
 use super::{CodeStats, Codebook, Estimator, commitment, lookup};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::{Error, Scalar};
 
@@ -140,6 +141,14 @@ impl<T: Scalar> Residual<T> {
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`], [`Error::TooLarge`].
     pub fn encode(&self, keys: ArrayView4<'_, T>) -> Result<Array4<u32>, Error> {
+        compiled_here!(
+            T,
+            Residual::<T>::encode_here,
+            fn(&Residual<T>, ArrayView4<'_, T>) -> Result<Array4<u32>, Error>
+        )(self, keys)
+    }
+
+    fn encode_here(&self, keys: ArrayView4<'_, T>) -> Result<Array4<u32>, Error> {
         let (mut codes, mut left) = self.begin(keys)?;
         for (level, mut codes) in self.levels.iter().zip(codes.outer_iter_mut()) {
             codes.assign(&quantize(&mut left, level.codewords().view())?);
@@ -173,6 +182,22 @@ impl<T: Scalar> Residual<T> {
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`], [`Error::TooLarge`].
     pub fn forward(
+        &self,
+        keys: ArrayView4<'_, T>,
+        mask: Option<ArrayView2<'_, bool>>,
+    ) -> Result<(Quantized<T>, Saved<T>), Error> {
+        compiled_here!(
+            T,
+            Residual::<T>::forward_here,
+            fn(
+                &Residual<T>,
+                ArrayView4<'_, T>,
+                Option<ArrayView2<'_, bool>>,
+            ) -> Result<(Quantized<T>, Saved<T>), Error>
+        )(self, keys, mask)
+    }
+
+    fn forward_here(
         &self,
         keys: ArrayView4<'_, T>,
         mask: Option<ArrayView2<'_, bool>>,
@@ -256,6 +281,28 @@ impl<T: Scalar> Saved<T> {
     /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Invalid`] for a weight that is not finite, and as
     /// [`Estimator::validate`].
     pub fn backward(
+        self,
+        keys: ArrayView4<'_, T>,
+        mask: Option<ArrayView2<'_, bool>>,
+        d_quantized: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+    ) -> Result<Array4<T>, Error> {
+        compiled_here!(
+            T,
+            Saved::<T>::backward_here,
+            fn(
+                Saved<T>,
+                ArrayView4<'_, T>,
+                Option<ArrayView2<'_, bool>>,
+                ArrayView4<'_, T>,
+                Estimator,
+                f64,
+            ) -> Result<Array4<T>, Error>
+        )(self, keys, mask, d_quantized, estimator, commit_weight)
+    }
+
+    fn backward_here(
         self,
         keys: ArrayView4<'_, T>,
         mask: Option<ArrayView2<'_, bool>>,

@@ -25,6 +25,7 @@ use rayon::prelude::*;
 use super::random::Random;
 use super::start::{counted, rows};
 use super::{Codebook, Learning, assign, check_mask, kmeans};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
@@ -105,6 +106,26 @@ impl<T: Scalar> Codebook<T> {
     /// As [`replacements`], and [`Error::Invalid`] for a codebook that does not learn by moving averages: only these
     /// remember their usage. The codebook is then as it was.
     pub fn revive(
+        &mut self,
+        keys: ArrayView4<'_, T>,
+        mask: Option<ArrayView2<'_, bool>>,
+        ratio: f64,
+        seed: u64,
+    ) -> Result<usize, Error> {
+        compiled_here!(
+            T,
+            Codebook::<T>::revive_here,
+            fn(
+                &mut Codebook<T>,
+                ArrayView4<'_, T>,
+                Option<ArrayView2<'_, bool>>,
+                f64,
+                u64,
+            ) -> Result<usize, Error>
+        )(self, keys, mask, ratio, seed)
+    }
+
+    fn revive_here(
         &mut self,
         keys: ArrayView4<'_, T>,
         mask: Option<ArrayView2<'_, bool>>,

@@ -39,6 +39,7 @@ use rayon::prelude::*;
 use super::check_mask;
 use super::kmeans;
 use super::random::Random;
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_memory};
 use crate::{Error, Scalar};
 
@@ -84,6 +85,19 @@ pub fn sample<T: Scalar>(
     mask: Option<ArrayView2<'_, bool>>,
     seed: u64,
 ) -> Result<Array3<T>, Error> {
+    compiled_here!(
+        T,
+        sample_here::<T>,
+        fn(ArrayView4<'_, T>, usize, Option<ArrayView2<'_, bool>>, u64) -> Result<Array3<T>, Error>
+    )(keys, n_codes, mask, seed)
+}
+
+fn sample_here<T: Scalar>(
+    keys: ArrayView4<'_, T>,
+    n_codes: usize,
+    mask: Option<ArrayView2<'_, bool>>,
+    seed: u64,
+) -> Result<Array3<T>, Error> {
     of_heads(keys, n_codes, mask, seed, |keys, random| {
         let drawn = random.distinct(vec![1.0; keys.nrows()], n_codes);
         let repeated: Vec<usize> = drawn.iter().copied().cycle().take(n_codes).collect();
@@ -99,6 +113,20 @@ pub fn sample<T: Scalar>(
 /// # Errors
 /// As [`sample`], and [`Error::Invalid`] for more codes than a `u32` can name.
 pub fn k_means<T: Scalar>(
+    keys: ArrayView4<'_, T>,
+    n_codes: usize,
+    mask: Option<ArrayView2<'_, bool>>,
+    steps: usize,
+    seed: u64,
+) -> Result<Array3<T>, Error> {
+    compiled_here!(
+        T,
+        k_means_here::<T>,
+        fn(ArrayView4<'_, T>, usize, Option<ArrayView2<'_, bool>>, usize, u64) -> Result<Array3<T>, Error>
+    )(keys, n_codes, mask, steps, seed)
+}
+
+fn k_means_here<T: Scalar>(
     keys: ArrayView4<'_, T>,
     n_codes: usize,
     mask: Option<ArrayView2<'_, bool>>,

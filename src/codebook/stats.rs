@@ -23,6 +23,7 @@ use ndarray::{
 use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
 use crate::ops::rows::all_finite;
 use crate::ops::simd::on_best_simd;
@@ -62,6 +63,24 @@ impl<T: Scalar> CodeStats<T> {
     /// [`Error::Shape`], [`Error::OutOfRange`] for a code that is not below `n_codes`, [`Error::NotFinite`],
     /// [`Error::TooLarge`].
     pub fn collect(
+        keys: ArrayView4<'_, T>,
+        codes: ArrayView3<'_, u32>,
+        n_codes: usize,
+        mask: Option<ArrayView2<'_, bool>>,
+    ) -> Result<Self, Error> {
+        compiled_here!(
+            T,
+            CodeStats::<T>::collect_here,
+            fn(
+                ArrayView4<'_, T>,
+                ArrayView3<'_, u32>,
+                usize,
+                Option<ArrayView2<'_, bool>>,
+            ) -> Result<CodeStats<T>, Error>
+        )(keys, codes, n_codes, mask)
+    }
+
+    fn collect_here(
         keys: ArrayView4<'_, T>,
         codes: ArrayView3<'_, u32>,
         n_codes: usize,

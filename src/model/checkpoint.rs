@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::tensor_file::{Tensor, TensorFile};
 use super::{LearningConfig, ModelConfig, Parameters, Transformer, write_atomically};
 use crate::codebook::{Basis, Ema, Learning};
+use crate::compiled::compiled_here;
 use crate::error::check_finite;
 use crate::{Error, Scalar};
 
@@ -57,7 +58,11 @@ impl<T: Scalar> Transformer<T> {
     /// [`Error::Io`], and [`Error::Invalid`] for numbers that are not finite, which [`load`](Self::load) would refuse. An
     /// earlier checkpoint in that folder is then still whole.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), Error> {
-        write(folder.as_ref(), self, vec![], None)
+        compiled_here!(
+            T,
+            |model, folder| write(folder, model, vec![], None),
+            fn(&Transformer<T>, &Path) -> Result<(), Error>
+        )(self, folder.as_ref())
     }
 
     /// Reads the model that [`save`](Self::save) or a training checkpoint left in a folder.
@@ -65,9 +70,13 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::File`] if it is not what it should be, saying why.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self, Error> {
-        let (manifest, file) = open(folder.as_ref())?;
-        read_model(manifest.model, &file)
+        compiled_here!(T, load::<T>, fn(&Path) -> Result<Transformer<T>, Error>)(folder.as_ref())
     }
+}
+
+fn load<T: Scalar>(folder: &Path) -> Result<Transformer<T>, Error> {
+    let (manifest, file) = open(folder)?;
+    read_model(manifest.model, &file)
 }
 
 /// Writes a model with more tensors beside it.

@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use super::parameters::{fill_normal, standard_normal};
 use super::{LearningConfig, ModelConfig, Parameters, Transformer};
 use crate::codebook::{Basis, Codebook, Ema, Learning, start};
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
@@ -58,6 +59,19 @@ impl<T: Scalar> Transformer<T> {
         steps: usize,
         seed: u64,
     ) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::start_codebooks_here,
+            fn(&mut Transformer<T>, ArrayView2<'_, u32>, usize, u64) -> Result<(), Error>
+        )(self, tokens, steps, seed)
+    }
+
+    fn start_codebooks_here(
+        &mut self,
+        tokens: ArrayView2<'_, u32>,
+        steps: usize,
+        seed: u64,
+    ) -> Result<(), Error> {
         let mut started = self.clone();
         let mut state = self.new_state(tokens.nrows())?;
         self.check(tokens, &state)?;
@@ -93,6 +107,19 @@ impl<T: Scalar> Transformer<T> {
     /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as codebooks. The codebooks are then as they
     /// were.
     pub fn revive_codebooks(
+        &mut self,
+        keys: &[Array4<T>],
+        ratio: f64,
+        seed: u64,
+    ) -> Result<Vec<usize>, Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::revive_codebooks_here,
+            fn(&mut Transformer<T>, &[Array4<T>], f64, u64) -> Result<Vec<usize>, Error>
+        )(self, keys, ratio, seed)
+    }
+
+    fn revive_codebooks_here(
         &mut self,
         keys: &[Array4<T>],
         ratio: f64,

@@ -12,6 +12,7 @@ use ndarray::ArrayView2;
 
 use super::transformer::{check_tokens, flat};
 use super::{DropoutSeed, LayerReport, ModelState, Parameters, Transformer};
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::cross_entropy;
 use crate::{Error, Scalar};
@@ -56,6 +57,28 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// As there.
     pub fn loss_and_gradients_dropping(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<LossAndGradients<T>, Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::loss_and_gradients_dropping_here,
+            fn(
+                &Transformer<T>,
+                ArrayView2<'_, u32>,
+                ArrayView2<'_, u32>,
+                Option<ArrayView2<'_, bool>>,
+                &mut ModelState<T>,
+                Option<DropoutSeed>,
+            ) -> Result<LossAndGradients<T>, Error>
+        )(self, tokens, targets, mask, state, dropout)
+    }
+
+    fn loss_and_gradients_dropping_here(
         &self,
         tokens: ArrayView2<'_, u32>,
         targets: ArrayView2<'_, u32>,

@@ -6,6 +6,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{FeedForward, FeedForwardKind, LearningConfig, ModelConfig};
 use crate::codebook::CodebookParameters;
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
@@ -154,6 +155,10 @@ pub(super) fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
 impl<T: Scalar> Parameters<T> {
     /// The arrays of a valid configuration, all zero: gradients before backward, moments before the first step.
     pub(crate) fn zeros(config: &ModelConfig) -> Self {
+        compiled_here!(T, Parameters::<T>::zeros_here, fn(&ModelConfig) -> Parameters<T>)(config)
+    }
+
+    fn zeros_here(config: &ModelConfig) -> Self {
         let ModelConfig { vocab_size, d_model, n_layers, n_heads, d_k, d_v, .. } = *config;
         let norm = || NormParameters { gain: Array1::zeros(d_model), bias: Array1::zeros(d_model) };
         let key_heads = config.key_heads();

@@ -7,6 +7,7 @@ use super::layer::{self, LayerReport};
 use super::parameters::{NormParameters, Parameters};
 use super::transformer::flat;
 use super::{ModelConfig, ModelState, Transformer};
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
@@ -45,6 +46,26 @@ impl<T: Scalar> Transformer<T> {
     /// [`forward`](Self::forward) with the masks of dropout that belong to a seed, if there is one.
     #[allow(clippy::type_complexity)] // three results of one pass
     pub(super) fn forward_dropping(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::forward_dropping_here,
+            fn(
+                &Transformer<T>,
+                ArrayView2<'_, u32>,
+                Option<ArrayView2<'_, bool>>,
+                &mut ModelState<T>,
+                Option<DropoutSeed>,
+            ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error>
+        )(self, tokens, mask, state, dropout)
+    }
+
+    fn forward_dropping_here(
         &self,
         tokens: ArrayView2<'_, u32>,
         mask: Option<ArrayView2<'_, bool>>,
@@ -92,6 +113,19 @@ impl<T: Scalar> Transformer<T> {
     /// [`Error::Shape`], and [`Error::Invalid`] if `saved` comes from a model of another configuration. Then nothing has
     /// been added.
     pub fn backward(
+        &self,
+        saved: Saved<T>,
+        d_logits: Array3<T>,
+        gradients: &mut Parameters<T>,
+    ) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::backward_here,
+            fn(&Transformer<T>, Saved<T>, Array3<T>, &mut Parameters<T>) -> Result<(), Error>
+        )(self, saved, d_logits, gradients)
+    }
+
+    fn backward_here(
         &self,
         saved: Saved<T>,
         d_logits: Array3<T>,

@@ -6,6 +6,7 @@ use ndarray::{Array3, ArrayView2};
 
 use super::layer::{self, FEW_TOKENS, PieceReport};
 use super::{ModelState, Transformer};
+use crate::compiled::compiled_here;
 use crate::ops::matmul::PackedWeights;
 use crate::{Error, Scalar};
 
@@ -38,17 +39,20 @@ pub struct Prepared<'m, T = f32> {
 impl<'m, T: Scalar> Prepared<'m, T> {
     /// Ready for one piece: without copies of the weights.
     pub(super) fn for_one_piece(model: &'m Transformer<T>) -> Result<Self, Error> {
-        let distances = model.distances()?;
-        let prepare = |unit| model.prepare_layer(unit, distances.view());
-        let layers = (0..model.config().n_layers).map(prepare).collect::<Result<_, _>>()?;
+        let layers =
+            compiled_here!(T, layers::<T>, fn(&Transformer<T>) -> Result<Vec<layer::Prepared<T>>, Error>)(
+                model,
+            )?;
         Ok(Prepared { model, layers, output: None })
     }
 
     pub(super) fn new(model: &'m Transformer<T>) -> Result<Self, Error> {
-        let Prepared { layers, .. } = Self::for_one_piece(model)?;
-        let layers = layers.into_iter().zip(&model.parameters().layers).map(|(layer, own)| layer.pack(own));
-        let output = Some(Arc::new(PackedWeights::new(&[model.output()])));
-        Ok(Prepared { model, layers: layers.collect(), output })
+        let (layers, output) = compiled_here!(
+            T,
+            packed::<T>,
+            fn(&Transformer<T>) -> Result<(Vec<layer::Prepared<T>>, PackedWeights<T>), Error>
+        )(model)?;
+        Ok(Prepared { model, layers, output: Some(Arc::new(output)) })
     }
 
     /// The model.
@@ -64,6 +68,22 @@ impl<'m, T: Scalar> Prepared<'m, T> {
     /// # Errors
     /// Shapes that do not fit, tokens outside the vocabulary. The state is then as it was.
     pub fn push(
+        &self,
+        tokens: ArrayView2<'_, u32>,
+        state: &mut ModelState<T>,
+    ) -> Result<(Array3<T>, Vec<PieceReport>), Error> {
+        compiled_here!(
+            T,
+            |model, tokens, state| model.push_here(tokens, state),
+            fn(
+                &Prepared<'_, T>,
+                ArrayView2<'_, u32>,
+                &mut ModelState<T>,
+            ) -> Result<(Array3<T>, Vec<PieceReport>), Error>
+        )(self, tokens, state)
+    }
+
+    fn push_here(
         &self,
         tokens: ArrayView2<'_, u32>,
         state: &mut ModelState<T>,
@@ -86,4 +106,16 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         };
         Ok((logits, reports))
     }
+}
+
+/// What follows from the parameters of every unit.
+fn layers<T: Scalar>(model: &Transformer<T>) -> Result<Vec<layer::Prepared<T>>, Error> {
+    let distances = model.distances()?;
+    (0..model.config().n_layers).map(|unit| model.prepare_layer(unit, distances.view())).collect()
+}
+
+/// The same with the weights in the order of decoding, and those of the logits.
+fn packed<T: Scalar>(model: &Transformer<T>) -> Result<(Vec<layer::Prepared<T>>, PackedWeights<T>), Error> {
+    let layers = layers(model)?.into_iter().zip(&model.parameters().layers);
+    Ok((layers.map(|(layer, own)| layer.pack(own)).collect(), PackedWeights::new(&[model.output()])))
 }

@@ -23,6 +23,7 @@ use super::parameters::{LayerParameters, NormParameters, Parameters};
 use super::{CodebookStart, Dropout, LearningConfig, ModelConfig, Transformer, UnitKind};
 use crate::attention::VqAttention;
 use crate::codebook::{Ema, Estimator, Learning};
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
@@ -107,6 +108,10 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
 /// query heads), and for codebooks that do not learn as they do: by moving averages with the count clamp. There are no names for
 /// others.
 pub fn to_tensors<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error> {
+    compiled_here!(T, to_tensors_here::<T>, fn(&Transformer<T>) -> Result<Tensors<T>, Error>)(model)
+}
+
+fn to_tensors_here<T: Scalar>(model: &Transformer<T>) -> Result<Tensors<T>, Error> {
     let mut tensors = parameters_to_tensors(model.config(), model.parameters())?;
     for (i, learning) in model.learning().iter().enumerate() {
         let Learning::Ema(ema) = learning else { return Err(other_learning(model.config())) };
@@ -139,6 +144,17 @@ fn other_learning(config: &ModelConfig) -> Error {
 /// # Errors
 /// As [`to_tensors`].
 pub fn parameters_to_tensors<T: Scalar>(
+    config: &ModelConfig,
+    parameters: &Parameters<T>,
+) -> Result<Tensors<T>, Error> {
+    compiled_here!(
+        T,
+        parameters_to_tensors_here::<T>,
+        fn(&ModelConfig, &Parameters<T>) -> Result<Tensors<T>, Error>
+    )(config, parameters)
+}
+
+fn parameters_to_tensors_here<T: Scalar>(
     config: &ModelConfig,
     parameters: &Parameters<T>,
 ) -> Result<Tensors<T>, Error> {
@@ -186,7 +202,13 @@ pub fn parameters_to_tensors<T: Scalar>(
 /// # Errors
 /// [`Error::Invalid`] for a name that is missing or that the configuration does not have, [`Error::Shape`], as [`to_tensors`],
 /// and as [`ModelConfig::validate`].
-pub fn from_tensors<T: Scalar>(
+pub fn from_tensors<T: Scalar>(config: ModelConfig, tensors: Tensors<T>) -> Result<Transformer<T>, Error> {
+    compiled_here!(T, from_tensors_here::<T>, fn(ModelConfig, Tensors<T>) -> Result<Transformer<T>, Error>)(
+        config, tensors,
+    )
+}
+
+fn from_tensors_here<T: Scalar>(
     config: ModelConfig,
     mut tensors: Tensors<T>,
 ) -> Result<Transformer<T>, Error> {

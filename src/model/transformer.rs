@@ -18,6 +18,7 @@ use super::{ModelConfig, ModelState, Prepared, UnitKind, UnitState, codebooks};
 use crate::attention::VqAttention;
 use crate::attention::quadratic::KeyValues;
 use crate::codebook::{CodeStats, Codebook, Learning};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_memory, check_shape};
 use crate::{Error, Scalar};
 
@@ -66,6 +67,18 @@ impl<T: Scalar> Transformer<T> {
     /// [`Error::Shape`] for an array that does not belong to the configuration, [`Error::NotFinite`], [`Error::Invalid`] for
     /// codebooks that learn otherwise than it says, and what [`ModelConfig::validate`] says.
     pub fn from_parts(
+        config: ModelConfig,
+        parameters: Parameters<T>,
+        learning: Vec<Learning<T>>,
+    ) -> Result<Self, Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::from_parts_here,
+            fn(ModelConfig, Parameters<T>, Vec<Learning<T>>) -> Result<Transformer<T>, Error>
+        )(config, parameters, learning)
+    }
+
+    fn from_parts_here(
         config: ModelConfig,
         parameters: Parameters<T>,
         learning: Vec<Learning<T>>,
@@ -131,6 +144,14 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// [`Error::Empty`] for no sequence, [`Error::TooLarge`].
     pub fn new_state(&self, batch: usize) -> Result<ModelState<T>, Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::new_state_here,
+            fn(&Transformer<T>, usize) -> Result<ModelState<T>, Error>
+        )(self, batch)
+    }
+
+    fn new_state_here(&self, batch: usize) -> Result<ModelState<T>, Error> {
         if batch == 0 {
             return Err(Error::Empty { what: "batch" });
         }
@@ -174,6 +195,14 @@ impl<T: Scalar> Transformer<T> {
     /// # Errors
     /// [`Error::Shape`], [`Error::NotFinite`]. Then no codebook has moved.
     pub fn update_codebooks(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            Transformer::<T>::update_codebooks_here,
+            fn(&mut Transformer<T>, &[CodeStats<T>]) -> Result<(), Error>
+        )(self, stats)
+    }
+
+    fn update_codebooks_here(&mut self, stats: &[CodeStats<T>]) -> Result<(), Error> {
         let (n_heads, &ModelConfig { n_layers, n_codes, d_k, .. }) = (self.config.key_heads(), &self.config);
         check_shape("stats", &[n_layers], &[stats.len()])?;
         // All or none.

@@ -14,6 +14,7 @@ use ndarray::{Array4, ArrayView2, Axis, Zip, concatenate, s};
 
 use super::Batch;
 use crate::codebook::CodeStats;
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::model::{DropoutSeed, LossAndGradients, ModelState, Parameters, Transformer, UnitState};
 use crate::{Error, Scalar};
@@ -86,6 +87,28 @@ impl<T: Scalar> Gradients<T> {
         state: &mut ModelState<T>,
         dropout: Option<DropoutSeed>,
     ) -> Result<Self, Error> {
+        compiled_here!(
+            T,
+            Gradients::<T>::collect_dropping_here,
+            fn(
+                &Transformer<T>,
+                ArrayView2<'_, u32>,
+                ArrayView2<'_, u32>,
+                Option<ArrayView2<'_, bool>>,
+                &mut ModelState<T>,
+                Option<DropoutSeed>,
+            ) -> Result<Gradients<T>, Error>
+        )(model, tokens, targets, mask, state, dropout)
+    }
+
+    fn collect_dropping_here(
+        model: &Transformer<T>,
+        tokens: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        mask: Option<ArrayView2<'_, bool>>,
+        state: &mut ModelState<T>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<Self, Error> {
         let LossAndGradients { loss, commit_loss, total, gradients, layers } =
             model.loss_and_gradients_dropping(tokens, targets, mask, state, dropout)?;
         let counted = mask.map_or(tokens.len(), |mask| mask.iter().filter(|&&counts| counts).count());
@@ -107,6 +130,14 @@ impl<T: Scalar> Gradients<T> {
     /// # Errors
     /// [`Error::Shape`] if arrays differ in more than the number of sequences. Nothing has been merged then.
     pub fn merge(&mut self, other: Self) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            Gradients::<T>::merge_here,
+            fn(&mut Gradients<T>, Gradients<T>) -> Result<(), Error>
+        )(self, other)
+    }
+
+    fn merge_here(&mut self, other: Self) -> Result<(), Error> {
         self.parameters.check_like("gradients", &other.parameters)?;
         check_shape("stats", &[self.stats.len()], &[other.stats.len()])?;
         for (mine, theirs) in self.stats.iter().zip(&other.stats) {

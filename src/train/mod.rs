@@ -12,6 +12,7 @@ pub mod checkpoint;
 mod data;
 mod gradients;
 mod optimizer;
+mod report;
 mod schedule;
 mod trainer;
 
@@ -21,5 +22,6 @@ pub use data::Tokenizer;
 pub use data::{Batch, BatchConfig, Batches, Corpus, ImageShape, Pieces, TextSize};
 pub use gradients::Gradients;
 pub use optimizer::{Adafactor, AdamW, Lion, Optimizer, ParameterGroup};
+pub use report::StepReport;
 pub use schedule::{Decay, Schedule};
-pub use trainer::{StepReport, Trainer};
+pub use trainer::Trainer;

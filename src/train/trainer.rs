@@ -16,7 +16,8 @@ use ndarray::{Array1, ArrayD, ArrayViewMutD};
 use super::checkpoint::{self, Progress};
 use super::gradients::accumulate;
 use super::optimizer::{Pace, assign, sum_of_squares};
-use super::{Batch, Gradients, Optimizer, ParameterGroup};
+use super::{Batch, Gradients, Optimizer, ParameterGroup, StepReport};
+use crate::compiled::compiled_here;
 use crate::model::{CodebookStart, DropoutSeed, ModelState, Revival, Transformer};
 use crate::{Error, Scalar};
 
@@ -70,22 +71,8 @@ struct Pending<T> {
     started: Option<Transformer<T>>,
 }
 
-/// What one step saw.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StepReport {
-    /// Steps taken, this one included.
-    pub step: u64,
-    /// Cross-entropy before the step, nats per token.
-    pub loss: f64,
-    /// Commitment loss, summed over units, without its weight.
-    pub commit_loss: f64,
-    /// Norm of all gradients together, after a hook and before clipping.
-    pub gradient_norm: f64,
-    /// Perplexity of the codes of this batch, mean over heads, one per unit; 0 where a unit has no codebook.
-    pub perplexity: Vec<f64>,
-    /// Fraction of codes that this batch used, mean over heads, one per unit; 0 where a unit has no codebook.
-    pub usage: Vec<f64>,
-}
+/// What sees the name and the gradient of every parameter before the step.
+type Hook<'h, T> = &'h mut dyn FnMut(&str, ArrayViewMutD<'_, T>);
 
 impl<T: Scalar> Trainer<T> {
     /// Begins the training of a model.
@@ -220,6 +207,14 @@ impl<T: Scalar> Trainer<T> {
     /// # Errors
     /// Batches that do not fit, tokens outside the vocabulary, fewer sequences than micro-batches. Nothing has changed then.
     pub fn gradients(&mut self, batch: &Batch) -> Result<Gradients<T>, Error> {
+        compiled_here!(
+            T,
+            Trainer::<T>::gradients_here,
+            fn(&mut Trainer<T>, &Batch) -> Result<Gradients<T>, Error>
+        )(self, batch)
+    }
+
+    fn gradients_here(&mut self, batch: &Batch) -> Result<Gradients<T>, Error> {
         self.pending = None;
         let n_sequences = batch.tokens.nrows();
         let mut started = None;
@@ -263,9 +258,22 @@ impl<T: Scalar> Trainer<T> {
     /// As [`apply`](Self::apply).
     pub fn apply_with(
         &mut self,
-        mut gradients: Gradients<T>,
+        gradients: Gradients<T>,
         factor: f64,
         mut hook: impl FnMut(&str, ArrayViewMutD<'_, T>),
+    ) -> Result<StepReport, Error> {
+        compiled_here!(
+            T,
+            |trainer, gradients, factor, hook| trainer.apply_here(gradients, factor, hook),
+            fn(&mut Trainer<T>, Gradients<T>, f64, Hook<'_, T>) -> Result<StepReport, Error>
+        )(self, gradients, factor, &mut hook)
+    }
+
+    fn apply_here(
+        &mut self,
+        mut gradients: Gradients<T>,
+        factor: f64,
+        hook: Hook<'_, T>,
     ) -> Result<StepReport, Error> {
         let pending = self.pending.take();
         check_factor(factor)?;

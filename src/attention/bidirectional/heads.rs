@@ -16,6 +16,7 @@ use ndarray::{Array3, Array4, ArrayView2, ArrayView4, Axis, s};
 use super::Visible;
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
@@ -131,6 +132,24 @@ impl BidirectionalAttention {
         codebook: &Codebook<T>,
         output: &mut BidirectionalOutput<T>,
     ) -> Result<BidirectionalSaved<T>, Error> {
+        compiled_here!(
+            T,
+            BidirectionalAttention::forward_into_here::<T>,
+            fn(
+                &BidirectionalAttention,
+                &BidirectionalInputs<'_, T>,
+                &Codebook<T>,
+                &mut BidirectionalOutput<T>,
+            ) -> Result<BidirectionalSaved<T>, Error>
+        )(self, inputs, codebook, output)
+    }
+
+    fn forward_into_here<T: Scalar>(
+        &self,
+        inputs: &BidirectionalInputs<'_, T>,
+        codebook: &Codebook<T>,
+        output: &mut BidirectionalOutput<T>,
+    ) -> Result<BidirectionalSaved<T>, Error> {
         let (h, _, d_k) = codebook.dim();
         inputs.check(h)?;
         let (b, heads, t, width) = inputs.q.dim();
@@ -167,6 +186,30 @@ impl BidirectionalAttention {
     /// # Errors
     /// As [`backward`](Self::backward); what `gradients` then holds is unspecified.
     pub fn backward_into<T: Scalar>(
+        &self,
+        inputs: &BidirectionalInputs<'_, T>,
+        saved: BidirectionalSaved<T>,
+        d_out: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+        gradients: &mut BidirectionalGradients<T>,
+    ) -> Result<(), Error> {
+        compiled_here!(
+            T,
+            BidirectionalAttention::backward_into_here::<T>,
+            fn(
+                &BidirectionalAttention,
+                &BidirectionalInputs<'_, T>,
+                BidirectionalSaved<T>,
+                ArrayView4<'_, T>,
+                Estimator,
+                f64,
+                &mut BidirectionalGradients<T>,
+            ) -> Result<(), Error>
+        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+    }
+
+    fn backward_into_here<T: Scalar>(
         &self,
         inputs: &BidirectionalInputs<'_, T>,
         saved: BidirectionalSaved<T>,

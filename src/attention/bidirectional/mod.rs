@@ -28,6 +28,7 @@
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::{Error, Scalar};
 
@@ -104,6 +105,10 @@ pub struct Saved<T> {
 /// # Errors
 /// Shapes that do not fit, numbers that are not finite (those of keys that do not exist included), codes that are not below S.
 pub fn forward<T: Scalar>(inputs: &Inputs<'_, T>) -> Result<(Output<T>, Saved<T>), Error> {
+    compiled_here!(T, forward_here::<T>, fn(&Inputs<'_, T>) -> Result<(Output<T>, Saved<T>), Error>)(inputs)
+}
+
+fn forward_here<T: Scalar>(inputs: &Inputs<'_, T>) -> Result<(Output<T>, Saved<T>), Error> {
     inputs.check()?;
     let t = inputs.q.nrows();
     let visible = Visible::new(inputs.codes, inputs.v, inputs.codewords, inputs.key_mask);
@@ -122,6 +127,18 @@ pub fn forward<T: Scalar>(inputs: &Inputs<'_, T>) -> Result<(Output<T>, Saved<T>
 /// # Errors
 /// As [`forward`], and if `saved` comes from other sizes.
 pub fn backward<T: Scalar>(
+    inputs: &Inputs<'_, T>,
+    saved: Saved<T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<Gradients<T>, Error> {
+    compiled_here!(
+        T,
+        backward_here::<T>,
+        fn(&Inputs<'_, T>, Saved<T>, ArrayView2<'_, T>) -> Result<Gradients<T>, Error>
+    )(inputs, saved, d_out)
+}
+
+fn backward_here<T: Scalar>(
     inputs: &Inputs<'_, T>,
     saved: Saved<T>,
     d_out: ArrayView2<'_, T>,
@@ -159,6 +176,18 @@ pub fn backward<T: Scalar>(
 /// # Errors
 /// [`Error::Shape`], [`Error::OutOfRange`] for a code that is not below S.
 pub fn key_gradient<T: Scalar>(
+    codes: ArrayView1<'_, u32>,
+    key_mask: Option<ArrayView1<'_, bool>>,
+    d_codewords: ArrayView2<'_, T>,
+) -> Result<Array2<T>, Error> {
+    compiled_here!(
+        T,
+        key_gradient_here::<T>,
+        fn(ArrayView1<'_, u32>, Option<ArrayView1<'_, bool>>, ArrayView2<'_, T>) -> Result<Array2<T>, Error>
+    )(codes, key_mask, d_codewords)
+}
+
+fn key_gradient_here<T: Scalar>(
     codes: ArrayView1<'_, u32>,
     key_mask: Option<ArrayView1<'_, bool>>,
     d_codewords: ArrayView2<'_, T>,

@@ -19,18 +19,18 @@
 //! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
 //! and outputs and gradients, laid out that way in memory, go back by the same call.
 
-use ndarray::{
-    Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
-};
+use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis};
 
 use super::state::state_len;
-use super::{AttentionState, Biases, Inputs, VqAttention, blockwise, stream};
+use super::{AttentionState, VqAttention, blockwise, stream};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_memory, check_shape};
 use crate::{Error, Scalar};
 
 mod backward;
+mod checks;
 mod forward;
 mod positions;
 mod prepared;
@@ -200,6 +200,26 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
         output: &mut BatchOutput<T>,
     ) -> (BatchSaved<T>, bool) {
+        compiled_here!(
+            T,
+            VqAttention::forward_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Table<T>,
+                &mut Array2<AttentionState<T>>,
+                &mut BatchOutput<T>,
+            ) -> (BatchSaved<T>, bool)
+        )(self, inputs, table, states, output)
+    }
+
+    fn forward_unchecked_here<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        table: &Table<T>,
+        states: &mut Array2<AttentionState<T>>,
+        output: &mut BatchOutput<T>,
+    ) -> (BatchSaved<T>, bool) {
         let counting = inputs.counting();
         let inputs = &inputs.with_mask(counting.as_ref());
         let starts: Vec<_> = states.iter().cloned().collect();
@@ -216,6 +236,24 @@ impl VqAttention {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn push<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        codebook: &Codebook<T>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> Result<BatchOutput<T>, Error> {
+        compiled_here!(
+            T,
+            VqAttention::push_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Codebook<T>,
+                &mut Array2<AttentionState<T>>,
+            ) -> Result<BatchOutput<T>, Error>
+        )(self, inputs, codebook, states)
+    }
+
+    fn push_here<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
         codebook: &Codebook<T>,
@@ -296,6 +334,30 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> bool {
+        compiled_here!(
+            T,
+            VqAttention::backward_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                BatchSaved<T>,
+                ArrayView4<'_, T>,
+                Estimator,
+                f64,
+                &mut BatchGradients<T>,
+            ) -> bool
+        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+    }
+
+    fn backward_unchecked_here<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        saved: BatchSaved<T>,
+        d_out: ArrayView4<'_, T>,
+        estimator: Estimator,
+        commit_weight: f64,
+        gradients: &mut BatchGradients<T>,
+    ) -> bool {
         let counting = inputs.counting();
         let inputs = &inputs.with_mask(counting.as_ref());
         backward::run(self, inputs, saved, d_out, (estimator, commit_weight), gradients)
@@ -307,71 +369,6 @@ impl<T: Scalar> BatchSaved<T> {
     fn restore(self, states: &mut Array2<AttentionState<T>>) {
         for (state, start) in states.iter_mut().zip(self.starts) {
             *state = start;
-        }
-    }
-}
-
-impl<T: Scalar> BatchBiases<'_, T> {
-    fn check(&self, (h, n_key_heads): (usize, usize), k: usize, window: usize) -> Result<(), Error> {
-        check_shape("biases.content", &[h, k], self.content.shape())?;
-        check_shape("biases.position", &[h, k], self.position.shape())?;
-        check_shape("biases.relative", &[n_key_heads, window + 1, k], self.relative.shape())?;
-        check_finite("biases.content", self.content)?;
-        check_finite("biases.position", self.position)?;
-        check_finite("biases.relative", self.relative)
-    }
-}
-
-impl<T: Scalar> BatchInputs<'_, T> {
-    /// Whether this can be computed, as far as sizes say.
-    fn check_shapes(
-        &self,
-        attention: &VqAttention,
-        (n_heads, n_codes, d_k): (usize, usize, usize),
-        states: &Array2<AttentionState<T>>,
-    ) -> Result<(), Error> {
-        self.check_arrays(attention)?;
-        let (b, _, t, _) = self.k.dim();
-        check_shape("k", &[b, n_heads, t, d_k], self.k.shape())?;
-        check_shape("states", &[b, n_heads], states.shape())?;
-        let d_v = self.v.len_of(Axis(3));
-        states.iter().try_for_each(|state| state.check(n_codes, d_k, d_v, attention.window))
-    }
-
-    fn check_arrays(&self, attention: &VqAttention) -> Result<(), Error> {
-        attention.validate()?;
-        let (b, h, t, k) = self.q.dim();
-        // Any number of key heads that divides that of queries.
-        let n_key_heads = Some(self.n_key_heads()).filter(|&n| n > 0 && h.is_multiple_of(n)).unwrap_or(h);
-        check_shape("k", &[b, n_key_heads, t, k], self.k.shape())?;
-        check_shape("v", &[b, n_key_heads, t, self.v.len_of(Axis(3))], self.v.shape())?;
-        if let Some(mask) = &self.mask {
-            check_shape("mask", &[b, t], mask.shape())?;
-        }
-        self.check_documents()?;
-        self.biases.as_ref().map_or(Ok(()), |biases| biases.check((h, n_key_heads), k, attention.window))
-    }
-
-    /// The inputs of query head h of sequence b, as far as they exist.
-    fn head<'s>(
-        &'s self,
-        b: usize,
-        h: usize,
-        codes: &'s Array3<u32>,
-        codewords: &'s Array3<T>,
-    ) -> Inputs<'s, T> {
-        let (key_head, len) = (h / self.group(), self.len_of(b));
-        Inputs {
-            q: self.q.slice(s![b, h, ..len, ..]),
-            codes: codes.slice(s![b, key_head, ..len]),
-            v: self.v.slice(s![b, key_head, ..len, ..]),
-            starts: self.starts.as_ref().map(|starts| starts.slice(s![b, ..len])),
-            codewords: codewords.slice(s![key_head, .., ..]),
-            biases: self.biases.as_ref().map(|biases| Biases {
-                content: biases.content.row(h),
-                position: biases.position.row(h),
-                relative: biases.relative.slice(s![key_head, .., ..]),
-            }),
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::attention::stream::{self, Scored};
 use crate::attention::{AttentionState, VqAttention};
 use crate::codebook::packed::{PackedCodewords, Table};
 use crate::codebook::{Codebook, commitment};
+use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::matmul::PackedWeights;
 use crate::{Error, Scalar};
@@ -62,6 +63,18 @@ impl VqAttention {
     /// # Errors
     /// [`Error::Invalid`] if it cannot be computed, [`Error::Shape`] and [`Error::NotFinite`] for biases.
     pub fn prepare<T: Scalar>(
+        &self,
+        codebook: &Codebook<T>,
+        biases: Option<BatchBiases<'_, T>>,
+    ) -> Result<PreparedHeads<T>, Error> {
+        compiled_here!(
+            T,
+            VqAttention::prepare_here::<T>,
+            fn(&VqAttention, &Codebook<T>, Option<BatchBiases<'_, T>>) -> Result<PreparedHeads<T>, Error>
+        )(self, codebook, biases)
+    }
+
+    fn prepare_here<T: Scalar>(
         &self,
         codebook: &Codebook<T>,
         biases: Option<BatchBiases<'_, T>>,
@@ -116,6 +129,26 @@ impl<T: Scalar> PreparedHeads<T> {
 impl VqAttention {
     /// [`push`](Self::push) on what is known to fit, without statistics: to clear their sums costs more than a token.
     pub(crate) fn push_unchecked<T: Scalar>(
+        &self,
+        inputs: &BatchInputs<'_, T>,
+        table: &Table<T>,
+        columns: Option<&[HeadColumns<T>]>,
+        states: &mut Array2<AttentionState<T>>,
+    ) -> BatchOutput<T> {
+        compiled_here!(
+            T,
+            VqAttention::push_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Table<T>,
+                Option<&[HeadColumns<T>]>,
+                &mut Array2<AttentionState<T>>,
+            ) -> BatchOutput<T>
+        )(self, inputs, table, columns, states)
+    }
+
+    fn push_unchecked_here<T: Scalar>(
         &self,
         inputs: &BatchInputs<'_, T>,
         table: &Table<T>,

@@ -30,6 +30,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
 use crate::ops::rows::all_finite;
 use crate::{Error, Scalar};
@@ -71,6 +72,18 @@ pub fn forward<T: Scalar>(
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
 ) -> Result<(Array2<T>, Array1<T>), Error> {
+    compiled_here!(
+        T,
+        forward_here::<T>,
+        fn(ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayView2<'_, T>) -> Result<(Array2<T>, Array1<T>), Error>
+    )(q, k, v)
+}
+
+fn forward_here<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(Array2<T>, Array1<T>), Error> {
     check_inputs(q, k, v)?;
     let mut out = Array2::zeros(v.raw_dim());
     let mut lse = vec![T::zero(); q.nrows()];
@@ -97,6 +110,28 @@ pub type Gradients<T> = (Array2<T>, Array2<T>, Array2<T>);
 /// # Errors
 /// As [`forward`].
 pub fn backward<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    out: ArrayView2<'_, T>,
+    lse: ArrayView1<'_, T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<Gradients<T>, Error> {
+    compiled_here!(
+        T,
+        backward_here::<T>,
+        fn(
+            ArrayView2<'_, T>,
+            ArrayView2<'_, T>,
+            ArrayView2<'_, T>,
+            ArrayView2<'_, T>,
+            ArrayView1<'_, T>,
+            ArrayView2<'_, T>,
+        ) -> Result<Gradients<T>, Error>
+    )(q, k, v, out, lse, d_out)
+}
+
+fn backward_here<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,

@@ -14,6 +14,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 
 use super::{backward, check_rows, deltas, forward};
 use crate::attention::{BiasGradients, Biases};
+use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_memory, check_shape};
 use crate::ops::matmul::{parallel_add_product, parallel_product, vector_product};
 use crate::ops::rows;
@@ -118,6 +119,18 @@ pub fn attend<T: Scalar>(
     biases: Option<Biases<'_, T>>,
     all: &KeyValues<T>,
 ) -> Result<(Array2<T>, Array1<T>), Error> {
+    compiled_here!(
+        T,
+        attend_here::<T>,
+        fn(ArrayView2<'_, T>, Option<Biases<'_, T>>, &KeyValues<T>) -> Result<(Array2<T>, Array1<T>), Error>
+    )(q, biases, all)
+}
+
+fn attend_here<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    biases: Option<Biases<'_, T>>,
+    all: &KeyValues<T>,
+) -> Result<(Array2<T>, Array1<T>), Error> {
     check(q, biases.as_ref(), all)?;
     Ok(attend_unchecked(q, biases, all))
 }
@@ -203,6 +216,28 @@ pub struct PieceGradients<T> {
 /// # Errors
 /// As [`attend`].
 pub fn attend_backward<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    biases: Option<Biases<'_, T>>,
+    all: &KeyValues<T>,
+    out: ArrayView2<'_, T>,
+    lse: ArrayView1<'_, T>,
+    d_out: ArrayView2<'_, T>,
+) -> Result<PieceGradients<T>, Error> {
+    compiled_here!(
+        T,
+        attend_backward_here::<T>,
+        fn(
+            ArrayView2<'_, T>,
+            Option<Biases<'_, T>>,
+            &KeyValues<T>,
+            ArrayView2<'_, T>,
+            ArrayView1<'_, T>,
+            ArrayView2<'_, T>,
+        ) -> Result<PieceGradients<T>, Error>
+    )(q, biases, all, out, lse, d_out)
+}
+
+fn attend_backward_here<T: Scalar>(
     q: ArrayView2<'_, T>,
     biases: Option<Biases<'_, T>>,
     all: &KeyValues<T>,

@@ -12,6 +12,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use crate::Scalar;
+use crate::compiled::compiled_here;
 use crate::ops::simd::level;
 use crate::ops::triangle::Triangle;
 
@@ -59,6 +60,19 @@ pub(crate) fn triangle_product<T: Scalar>(
 }
 
 fn gemm<T: Scalar>(
+    (a, triangle): (ArrayView2<'_, T>, Triangle),
+    b: ArrayView2<'_, T>,
+    c: ArrayViewMut2<'_, T>,
+    add: bool,
+) {
+    compiled_here!(
+        T,
+        gemm_here::<T>,
+        fn((ArrayView2<'_, T>, Triangle), ArrayView2<'_, T>, ArrayViewMut2<'_, T>, bool)
+    )((a, triangle), b, c, add)
+}
+
+fn gemm_here<T: Scalar>(
     (a, triangle): (ArrayView2<'_, T>, Triangle),
     b: ArrayView2<'_, T>,
     mut c: ArrayViewMut2<'_, T>,

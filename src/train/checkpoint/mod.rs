@@ -32,6 +32,7 @@ use states::{StateArrays, read_state};
 
 use super::trainer::Trainer;
 use super::{Optimizer, ParameterGroup};
+use crate::compiled::compiled_here;
 use crate::model::checkpoint::{self, file_error, read_model, tensor};
 use crate::model::{Tensor, TensorFile, Transformer};
 use crate::{Error, Scalar};
@@ -72,6 +73,12 @@ fn optimizer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optimizer, D:
 }
 
 pub(super) fn save<T: Scalar>(trainer: &Trainer<T>, folder: &Path, progress: &Progress) -> Result<(), Error> {
+    compiled_here!(T, save_here::<T>, fn(&Trainer<T>, &Path, &Progress) -> Result<(), Error>)(
+        trainer, folder, progress,
+    )
+}
+
+fn save_here<T: Scalar>(trainer: &Trainer<T>, folder: &Path, progress: &Progress) -> Result<(), Error> {
     progress.validate()?;
     let training = Training {
         optimizer: trainer.optimizer,
@@ -118,6 +125,10 @@ fn moments<T: Scalar>(trainer: &Trainer<T>) -> Result<Vec<Tensor<'_>>, Error> {
 }
 
 pub(super) fn load<T: Scalar>(folder: &Path) -> Result<(Trainer<T>, Progress), Error> {
+    compiled_here!(T, load_here::<T>, fn(&Path) -> Result<(Trainer<T>, Progress), Error>)(folder)
+}
+
+fn load_here<T: Scalar>(folder: &Path) -> Result<(Trainer<T>, Progress), Error> {
     let (manifest, file) = checkpoint::open(folder)?;
     let wrong = |problem: String| file_error(folder.join("checkpoint.json"), problem);
     let training = manifest.training.ok_or_else(|| wrong("a model without its training".into()))?;
