@@ -63,6 +63,8 @@ pub const KINDS: &[Kind] = &[
            change: |c| rotate(c, RotationVariant::Paper, RotationScale::One) },
     Kind { name: "rotation-normalized", what: "rotation trick, normalized variant",
            change: |c| rotate(c, RotationVariant::Normalized, RotationScale::Ratio) },
+    Kind { name: "straight-through", what: "keys get the gradient of their codewords as it is",
+           change: |c| c.estimator = Estimator::StraightThrough },
     Kind { name: "directional", what: "keys get what is not along the line to the codeword",
            change: |c| c.estimator = Estimator::Directional },
     Kind { name: "directional-gradient", what: "the same, and codewords, as parameters, get the rest",

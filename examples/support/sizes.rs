@@ -101,7 +101,7 @@ pub struct Sizes {
     pub learning: Learning,
     /// How gradients pass from quantized keys to keys
     #[arg(long, value_enum, default_value_t)]
-    #[serde(default)]
+    #[serde(default = "straight_through")]
     pub estimator: KeyGradient,
     /// Weight of the codebook loss, for --learning gradient and linear
     #[arg(long, default_value_t = 1e-3)]
@@ -126,6 +126,11 @@ pub struct Sizes {
 
 fn one() -> NonZeroUsize {
     NonZeroUsize::MIN
+}
+
+/// What runs from before the option have.
+fn straight_through() -> KeyGradient {
+    KeyGradient::StraightThrough
 }
 
 /// What runs from before the option learn with; they do not read it.
@@ -182,9 +187,9 @@ pub enum Start {
 #[derive(Debug, Clone, Copy, PartialEq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeyGradient {
-    #[default]
     StraightThrough,
     Rotation,
+    #[default]
     Directional,
     None,
 }

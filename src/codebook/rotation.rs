@@ -166,7 +166,7 @@ impl<T: Scalar> Constants<T> {
 }
 
 /// Rows that are treated together: few, so that what one step leaves is in the first-level cache for the next.
-const ROWS: usize = 8;
+const ROWS: usize = 4;
 
 /// Rows that are copied at once where they do not lie one after the other; a multiple of [`ROWS`].
 const COPIED_ROWS: usize = 64;
@@ -247,7 +247,6 @@ impl<T: Scalar> Sums<T> {
         let rows = keys.chunks_exact(width).zip(d.chunks_exact(width)).zip(codes);
         for (i, ((key, g), &code)) in rows.enumerate() {
             prefetch_beyond(key, ROWS);
-            prefetch_beyond(g, ROWS);
             cc[i] = squares[code as usize];
             let codeword = row(codewords, code as usize, width);
             let (mut kk, mut kc, mut kg, mut cg) = (zero, zero, zero, zero);
@@ -334,6 +333,7 @@ impl<T: Scalar> Factors<T> {
         let rows = keys.chunks_exact(width).zip(d.chunks_exact_mut(width)).zip(codes);
         for (i, ((key, d), &code)) in rows.enumerate() {
             let codeword = row(codewords, code as usize, width);
+            prefetch_beyond(d, ROWS);
             let (lambda, of_key, of_codeword) = (self.lambda[i], self.key[i], self.codeword[i]);
             let chunks = d.chunks_exact_mut(lanes).zip(key.chunks_exact(lanes));
             for ((d, k), c) in chunks.zip(codeword.chunks_exact(lanes)) {

@@ -153,7 +153,7 @@ impl Default for ModelConfig {
             commit_weight: 1e-4,
             codebook_decay: 0.99,
             learning: LearningConfig::default(),
-            estimator: Estimator::StraightThrough,
+            estimator: Estimator::Directional,
             start: CodebookStart::Random,
             revival: None,
         }

@@ -28,6 +28,7 @@
 
 use super::{Dropout, ModelConfig};
 use crate::attention::VqAttention;
+use crate::codebook::Estimator;
 
 impl ModelConfig {
     /// The paper's model of enwik8: 185 million parameters (the paper says 190).
@@ -97,6 +98,7 @@ fn published() -> ModelConfig {
         commit_weight: 1e-4,
         codebook_decay: 0.99,
         position_lambda: 1e5,
+        estimator: Estimator::StraightThrough,
         ..ModelConfig::default()
     }
 }
