@@ -44,6 +44,10 @@ pub struct DropoutSeed {
     pub step: u64,
     /// The update at which the batch's sequences began, for masks that hold as long as they last.
     pub sequence: u64,
+    /// The sequence of the whole batch that is the first one here: 0, but where a batch is taken in parts, on one machine or
+    /// on several. Each part then gets its rows of the masks.
+    #[serde(default)]
+    pub first: u64,
 }
 
 impl Dropout {
@@ -86,23 +90,31 @@ impl Masks {
     /// Drops of embeddings [B T, D], or of their gradient.
     pub fn embedding<T: Scalar>(&self, x: &mut Array2<T>) -> Result<(), Error> {
         let Some((rates, DropoutSeed { seed, step, .. })) = self.drawn else { return Ok(()) };
-        dropout::apply(x, rates.embedding, Stream { seed, purpose: EMBEDDING, unit: 0, step })
+        let stream = Stream { seed, purpose: EMBEDDING, unit: 0, step };
+        dropout::apply_from_row(self.first_row(x), x, rates.embedding, stream)
     }
 
     /// Drops of a branch [B T, D], or of its gradient.
     pub fn branch<T: Scalar>(&self, branch: Branch, unit: usize, x: &mut Array2<T>) -> Result<(), Error> {
-        let Some((rates, DropoutSeed { seed, step, sequence })) = self.drawn else { return Ok(()) };
+        let Some((rates, DropoutSeed { seed, step, sequence, first })) = self.drawn else { return Ok(()) };
         let unit = unit as u64;
-        dropout::apply(x, rates.residual, Stream { seed, purpose: branch as u64, unit, step })?;
+        let stream = Stream { seed, purpose: branch as u64, unit, step };
+        dropout::apply_from_row(self.first_row(x), x, rates.residual, stream)?;
         if rates.layer > 0.0 {
             let stream = Stream { seed, purpose: LAYER, unit, step: sequence };
-            let factors = dropout::factors::<T>(self.batch, rates.layer, stream)?;
+            let factors = dropout::factors::<T>(first, self.batch, rates.layer, stream)?;
             let len = x.nrows() / self.batch.max(1);
             for (mut rows, factor) in x.axis_chunks_iter_mut(Axis(0), len.max(1)).zip(factors) {
                 rows *= factor;
             }
         }
         Ok(())
+    }
+
+    /// The row of the whole batch that is the first of `x` [B T, D].
+    fn first_row<T>(&self, x: &Array2<T>) -> u64 {
+        let first = self.drawn.map_or(0, |(_, seed)| seed.first);
+        first.saturating_mul((x.nrows() / self.batch.max(1)) as u64)
     }
 
     /// The sinusoids of distances as a unit sees them.

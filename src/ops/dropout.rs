@@ -34,14 +34,14 @@ pub struct Stream {
 
 impl Stream {
     /// The words from the n-th on.
-    fn words(self, n: usize) -> impl Iterator<Item = u32> {
+    fn words(self, n: u128) -> impl Iterator<Item = u32> {
         let mut key = [0; 32];
         let numbers = [self.seed, self.purpose, self.unit, self.step];
         for (bytes, number) in key.chunks_exact_mut(8).zip(numbers) {
             bytes.copy_from_slice(&number.to_le_bytes());
         }
         let mut rng = ChaCha8Rng::from_seed(key);
-        rng.set_word_pos(n as u128);
+        rng.set_word_pos(n);
         std::iter::repeat_with(move || rng.next_u32())
     }
 }
@@ -63,6 +63,19 @@ pub fn check_rate(what: &'static str, rate: f64) -> Result<(), Error> {
 /// # Errors
 /// As [`check_rate`].
 pub fn apply<T: Scalar>(x: &mut Array2<T>, rate: f64, stream: Stream) -> Result<(), Error> {
+    apply_from_row(0, x, rate, stream)
+}
+
+/// [`apply`] on rows of a larger array: `x` is what begins with its row `first`, and gets the part of its mask.
+///
+/// # Errors
+/// As [`check_rate`].
+pub fn apply_from_row<T: Scalar>(
+    first: u64,
+    x: &mut Array2<T>,
+    rate: f64,
+    stream: Stream,
+) -> Result<(), Error> {
     check_rate("rate", rate)?;
     if rate == 0.0 {
         return Ok(());
@@ -70,25 +83,28 @@ pub fn apply<T: Scalar>(x: &mut Array2<T>, rate: f64, stream: Stream) -> Result<
     if !x.is_standard_layout() {
         *x = x.as_standard_layout().into_owned();
     }
+    let first = u128::from(first) * x.ncols() as u128;
     let x = x.as_slice_mut().expect("standard layout");
     x.par_chunks_mut(ELEMENTS_PER_TASK).enumerate().for_each(|(i, x)| {
-        for (x, factor) in x.iter_mut().zip(factors_from::<T>(i * ELEMENTS_PER_TASK, rate, stream)) {
+        for (x, factor) in
+            x.iter_mut().zip(factors_from::<T>(first + (i * ELEMENTS_PER_TASK) as u128, rate, stream))
+        {
             *x = if factor == T::zero() { T::zero() } else { *x * factor };
         }
     });
     Ok(())
 }
 
-/// The first n factors of (1): 0 or 1 / (1 - rate).
+/// n factors of (1), 0 or 1 / (1 - rate), from the one that is called `first` on.
 ///
 /// # Errors
 /// As [`check_rate`].
-pub fn factors<T: Scalar>(n: usize, rate: f64, stream: Stream) -> Result<Vec<T>, Error> {
+pub fn factors<T: Scalar>(first: u64, n: usize, rate: f64, stream: Stream) -> Result<Vec<T>, Error> {
     check_rate("rate", rate)?;
-    Ok(factors_from(0, rate, stream).take(n).collect())
+    Ok(factors_from(first.into(), rate, stream).take(n).collect())
 }
 
-fn factors_from<T: Scalar>(n: usize, rate: f64, stream: Stream) -> impl Iterator<Item = T> {
+fn factors_from<T: Scalar>(n: u128, rate: f64, stream: Stream) -> impl Iterator<Item = T> {
     let threshold = (rate * (1u64 << 32) as f64) as u64;
     let kept = T::from_f64((1.0 - rate).recip());
     stream.words(n).map(move |word| if u64::from(word) >= threshold { kept } else { T::zero() })
@@ -121,7 +137,14 @@ mod tests {
                     pool.install(|| apply(&mut x, rate, STREAM)).unwrap();
                     assert_eq!(x, expected);
                 }
-                let all = factors::<f64>(rows * width, rate, STREAM).unwrap();
+                let all = factors::<f64>(0, rows * width, rate, STREAM).unwrap();
+                let first = rows / 3;
+                let mut part = Array2::<f64>::ones((rows - first, width));
+                apply_from_row(first as u64, &mut part, rate, STREAM).unwrap();
+                assert_eq!(part, expected.slice(ndarray::s![first.., ..]));
+                let rest =
+                    factors::<f64>(first as u64, all.len().saturating_sub(first), rate, STREAM).unwrap();
+                assert_eq!(rest, all[first.min(all.len())..]);
                 assert_eq!(all, expected.into_raw_vec_and_offset().0);
             }
         }
@@ -142,7 +165,7 @@ mod tests {
 
     #[test]
     fn streams_that_differ_have_other_masks_and_layouts_do_not_matter() {
-        let of = |stream| factors::<f32>(64, 0.5, stream).unwrap();
+        let of = |stream| factors::<f32>(0, 64, 0.5, stream).unwrap();
         let others = [
             Stream { seed: 8, ..STREAM },
             Stream { purpose: 0, ..STREAM },
@@ -169,7 +192,7 @@ mod tests {
         for rate in [-0.1, 1.0, f64::NAN, f64::INFINITY] {
             let refused = Err(Error::invalid("rate", "0 or more, and below 1", rate));
             assert_eq!(apply(&mut Array2::<f32>::zeros((1, 1)), rate, STREAM), refused);
-            assert!(factors::<f32>(1, rate, STREAM).is_err());
+            assert!(factors::<f32>(0, 1, rate, STREAM).is_err());
         }
     }
 }

@@ -188,9 +188,9 @@ pub(super) fn accumulate<T: Scalar>(
     for part in 0..parts {
         let rows = part * n / parts..(part + 1) * n / parts;
         let mut state = state_of_rows(state, rows.clone())?;
+        // Its rows of the masks.
+        let dropout = DropoutSeed { first: rows.start as u64, ..dropout };
         let (tokens, targets) = (batch.tokens.slice(s![rows.clone(), ..]), batch.targets.slice(s![rows, ..]));
-        // The first part has the masks of a whole batch, the others streams of their own.
-        let dropout = DropoutSeed { seed: dropout.seed ^ (part as u64).rotate_right(16), ..dropout };
         let gradients = Gradients::collect_dropping(model, tokens, targets, None, &mut state, Some(dropout))?;
         match &mut merged {
             Some(merged) => merged.merge(gradients)?,

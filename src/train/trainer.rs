@@ -128,7 +128,7 @@ impl<T: Scalar> Trainer<T> {
     }
 
     /// Takes the gradients of a batch in this many parts, each some of its sequences: memory for one part at a time, and
-    /// the step of the whole batch, to rounding. Dropout, where there is any, draws masks for each part.
+    /// the step of the whole batch, to rounding, dropout included.
     ///
     /// # Errors
     /// [`Error::Invalid`] for 0.
@@ -226,7 +226,7 @@ impl<T: Scalar> Trainer<T> {
             Some(state) if !batch.first => (state.clone(), self.sequence),
             _ => (model.new_state(n_sequences)?, self.steps),
         };
-        let dropout = DropoutSeed { seed: self.dropout_seed, step: self.steps, sequence };
+        let dropout = DropoutSeed { seed: self.dropout_seed, step: self.steps, sequence, first: 0 };
         if n_sequences < self.micro_batches {
             let expected = format!("at least the {} micro-batches", self.micro_batches);
             return Err(Error::invalid("sequences of a batch", expected, n_sequences));

@@ -3,7 +3,7 @@
 use crate::runs::{batches, bits, config, progress, train, trainer};
 use transformer_vq::codebook::{Estimator, Rotation};
 use transformer_vq::model::{
-    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival, Transformer,
+    CodebookStart, CodewordGradient, Dropout, LearningConfig, ModelConfig, Revival, Transformer,
 };
 use transformer_vq::ndarray::{Array2, ArrayD, ArrayViewD, s};
 use transformer_vq::train::{Batch, Gradients, Progress, Trainer};
@@ -30,7 +30,8 @@ fn kinds() -> Vec<ModelConfig> {
             estimator: Estimator::Rotation(Rotation::default()),
             ..base.clone()
         },
-        ModelConfig { learning: linear, tied_embedding: true, ..base },
+        ModelConfig { learning: linear, tied_embedding: true, ..base.clone() },
+        ModelConfig { dropout: Dropout { embedding: 0.2, residual: 0.2, sinusoid: 0.2, layer: 0.3 }, ..base },
     ]
 }
 

@@ -77,7 +77,7 @@ pub struct Drops {
 
 pub fn drops(config: &ModelConfig, seed: DropoutSeed, b: usize, t: usize) -> Drops {
     let (d, rates) = (config.d_model, config.dropout);
-    let DropoutSeed { seed, step, sequence } = seed;
+    let DropoutSeed { seed, step, sequence, .. } = seed;
     let factors = |purpose: u64, unit: usize, step: u64, n: usize, rate: f64| -> Vec<f64> {
         let mut key = [0; 32];
         for (i, number) in [seed, purpose, unit as u64, step].into_iter().enumerate() {

@@ -15,7 +15,7 @@ fn loss_with(dropout: Dropout, seed: Option<DropoutSeed>) -> f64 {
 
 #[test]
 fn masks_follow_what_they_are_drawn_for() {
-    let (none, base) = (Dropout::default(), DropoutSeed { seed: 1, step: 2, sequence: 2 });
+    let (none, base) = (Dropout::default(), DropoutSeed { seed: 1, step: 2, sequence: 2, first: 0 });
     let plain = loss_with(none, None);
     let of_update = [Dropout { embedding: 0.3, ..none }, Dropout { residual: 0.3, ..none }];
     let of_sequence = [Dropout { sinusoid: 0.3, ..none }, Dropout { layer: 0.4, ..none }];
@@ -39,7 +39,7 @@ fn a_dropped_unit_is_passed_by() {
     let dropout = Dropout { layer: 0.999_999, ..Dropout::default() };
     let config = ModelConfig { dropout, feed_forward: GELU, ..small() };
     let mut model = model(&config);
-    let seed = Some(DropoutSeed { seed: 1, step: 0, sequence: 0 });
+    let seed = Some(DropoutSeed { seed: 1, step: 0, sequence: 0, first: 0 });
     let (inputs, targets) = (tokens(1, T), tokens(2, T));
     let loss = |model: &Transformer| {
         let mut state = model.new_state(B).unwrap();
