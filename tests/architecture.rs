@@ -246,6 +246,7 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<model::Parameter<'_, f32>>();
     public::<generate::Sampler>();
     public::<generate::Generator<'_>>();
+    public::<generate::BatchGenerator<'_>>();
     public::<generate::Scorer<'_>>();
     public::<train::Optimizer>();
     public::<train::AdamW>();

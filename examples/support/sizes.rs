@@ -68,6 +68,10 @@ pub struct Sizes {
     #[arg(long, value_name = "N", default_value_t = one())]
     #[serde(default = "one")]
     pub accumulate: NonZeroUsize,
+    /// Keep of each unit only its input, and compute the rest again in backward: less memory, a third more time
+    #[arg(long)]
+    #[serde(default)]
+    pub recompute: bool,
     /// What moves the parameters
     #[arg(long, value_enum, default_value_t)]
     #[serde(default)]
@@ -240,6 +244,7 @@ impl Sizes {
                 Start::KMeans => CodebookStart::KMeans { steps: LLOYD_STEPS },
             },
             revival: (self.revive != 0.0).then_some(Revival { ratio: self.revive, every: REVIVE_EVERY }),
+            recompute: self.recompute,
             ..ModelConfig::default()
         }
     }

@@ -4,12 +4,12 @@ use ndarray::{Array1, ArrayView1, Axis, arr2, s};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::Sampler;
+use super::{BatchGenerator, Sampler};
 use crate::model::{ModelState, Prepared, Transformer};
 use crate::{Error, Scalar};
 
 /// Tokens of a prompt that are read at once.
-const PROMPT_PIECE: usize = 1024;
+pub(super) const PROMPT_PIECE: usize = 1024;
 
 /// One stream of tokens: what was read and written so far is in its state, whose size is constant.
 ///
@@ -77,6 +77,20 @@ impl<'m, T: Scalar> Generator<'m, T> {
         let (logits, _) = self.model.push(arr2(&[[token]]).view(), &mut self.state)?;
         self.logits = Some(logits.slice(s![0, 0, ..]).to_owned());
         Ok(token)
+    }
+
+    /// As many streams as seeds that go on from here side by side, each with draws of its own; this one stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] without seeds, or if nothing has been read yet.
+    pub fn branch(&self, seeds: &[u64]) -> Result<BatchGenerator<'m, T>, Error> {
+        let logits = self.logits.as_ref().ok_or(Error::Empty { what: "prompt" })?;
+        if seeds.is_empty() {
+            return Err(Error::Empty { what: "seeds" });
+        }
+        let logits = logits.broadcast((seeds.len(), logits.len())).expect("one row for each").to_owned();
+        let state = self.state.repeat_first(seeds.len());
+        Ok(BatchGenerator::from_parts(self.model.clone(), self.sampler, seeds, state, Some(logits)))
     }
 
     /// What the stream has seen, in constant size.

@@ -5,10 +5,12 @@
 //! text   -> Scorer::push    -> log-probabilities
 //! ```
 
+mod batch;
 mod generator;
 mod sampler;
 mod score;
 
+pub use batch::BatchGenerator;
 pub use generator::Generator;
 pub use sampler::Sampler;
 pub use score::{Scorer, log_probabilities};

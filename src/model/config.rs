@@ -69,6 +69,10 @@ pub struct ModelConfig {
     /// How codebooks learn.
     #[serde(default)]
     pub learning: LearningConfig,
+    /// Whether training keeps of each unit only what goes into it, and computes the rest again in backward: the same
+    /// gradients in less memory, for a third more time.
+    #[serde(default)]
+    pub recompute: bool,
     /// How gradients pass from quantized keys to keys.
     #[serde(default)]
     pub estimator: Estimator,
@@ -153,6 +157,7 @@ impl Default for ModelConfig {
             commit_weight: 1e-4,
             codebook_decay: 0.99,
             learning: LearningConfig::default(),
+            recompute: false,
             estimator: Estimator::Directional,
             start: CodebookStart::Random,
             revival: None,

@@ -6,7 +6,7 @@ use super::dropout::{DropoutSeed, Masks};
 use super::layer::{self, LayerReport};
 use super::parameters::{NormParameters, Parameters};
 use super::transformer::flat;
-use super::{ModelConfig, ModelState, Transformer};
+use super::{ModelConfig, ModelState, Transformer, UnitState};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::{embedding, linear, positions, rms_norm};
@@ -20,9 +20,20 @@ pub struct Saved<T> {
     mask: Option<Array2<bool>>,
     start: u64,
     dropout: Option<DropoutSeed>,
-    layers: Vec<layer::Saved<T>>,
+    layers: Vec<SavedUnit<T>>,
     x: Array2<T>,
     final_norm: Option<rms_norm::Saved<T>>,
+}
+
+/// What backward needs of one unit.
+#[derive(Debug, Clone)]
+enum SavedUnit<T> {
+    Kept(layer::Saved<T>),
+    /// To compute it again from: [`ModelConfig::recompute`].
+    Input {
+        x: Array2<T>,
+        states: UnitState<T>,
+    },
 }
 
 impl<T: Scalar> Transformer<T> {
@@ -84,10 +95,14 @@ impl<T: Scalar> Transformer<T> {
         let distances = self.distances()?;
         for (unit, states) in state.layers.iter_mut().enumerate() {
             let prepared = self.prepare_layer(unit, masks.sinusoids(unit, &distances)?.view())?;
+            let input = self.config.recompute.then(|| (x.clone(), states.clone()));
             let (y, report, saved) = self.layer(unit, &prepared).forward(x, states, mask, &masks)?; // (2)
             x = y;
             reports.push(report);
-            layers.push(saved);
+            layers.push(match input {
+                Some((x, states)) => SavedUnit::Input { x, states },
+                None => SavedUnit::Kept(saved),
+            });
         }
         let (normed, final_norm) = self.normalize(&x)?;
         let logits = self.logits(&normed, tokens.dim())?; // (3)
@@ -105,6 +120,8 @@ impl<T: Scalar> Transformer<T> {
     }
 
     /// Gradients of `sum(d_logits * logits)` plus the weighted commitment and codebook losses, added to `gradients`.
+    ///
+    /// With [`ModelConfig::recompute`], codebooks must be those of forward: it runs again, unit by unit.
     ///
     /// # Shapes
     /// `d_logits` [B, T, vocab].
@@ -162,6 +179,10 @@ impl<T: Scalar> Transformer<T> {
             let prepared = self.prepare_layer(unit, distances.view())?;
             let mask = mask.as_ref().map(|mask| mask.view());
             let layer = self.layer(unit, &prepared);
+            let saved = match saved {
+                SavedUnit::Kept(saved) => saved,
+                SavedUnit::Input { x, mut states } => layer.forward(x, &mut states, mask, &masks)?.2,
+            };
             d_x = layer.backward(saved, d_x, mask, &masks, b, distances.view(), d_parameters)?;
         }
         // (1)

@@ -93,6 +93,7 @@ pub fn config_from_json(json: &str) -> Result<ModelConfig, Error> {
         commit_weight: published.c_beta,
         codebook_decay: published.c_gamma,
         learning: LearningConfig::default(),
+        recompute: false,
         estimator: Estimator::StraightThrough,
         start: CodebookStart::Random,
         revival: None,

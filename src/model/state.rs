@@ -159,6 +159,12 @@ impl<T: Scalar> ModelState<T> {
         self.layers.iter().map(UnitState::size_in_bytes).sum()
     }
 
+    /// The state of `n` sequences that are all what the first one here is.
+    pub(crate) fn repeat_first(&self, n: usize) -> Self {
+        let one = |states: &UnitState<T>| UnitState::join(std::iter::repeat_n(&states.rows(0..1), n));
+        ModelState { layers: self.layers.iter().map(one).collect() }
+    }
+
     /// Checks that this state was made for such a model and batch.
     pub(super) fn check(&self, config: &ModelConfig, batch: usize) -> Result<(), Error> {
         check_shape("state", &[config.n_layers], &[self.layers.len()])?;

@@ -139,6 +139,12 @@ impl<T: Scalar> Transformer<T> {
         self
     }
 
+    /// The same model, with [`ModelConfig::recompute`] on or off.
+    pub fn with_recompute(mut self, recompute: bool) -> Self {
+        self.config.recompute = recompute;
+        self
+    }
+
     /// The state before the first token of `batch` sequences.
     ///
     /// # Errors

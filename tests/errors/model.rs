@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, Array3, array};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{CodeStats, Estimator, Rotation, RotationScale, Smoothing};
-use transformer_vq::generate::{Generator, Sampler, Scorer, log_probabilities};
+use transformer_vq::generate::{BatchGenerator, Generator, Sampler, Scorer, log_probabilities};
 use transformer_vq::model::{
     CodebookStart, CodewordGradient, LearningConfig, ModelConfig, ModelState, Revival, Transformer,
     UnitState, published,
@@ -318,6 +318,24 @@ fn generation_is_checked_and_keeps_its_place() {
     generator.read(array![1].view()).unwrap();
     refused(generator.next_token(), "NotFinite", "logits");
     assert_eq!(generator.state().position(), 1);
+
+    let mut streams = BatchGenerator::new(&model, Sampler::default(), &[1, 2]).unwrap();
+    refused(streams.next_tokens(), "Empty", "prompt");
+    refused(streams.read(Array2::zeros((3, 1)).view()), "Shape", "tokens");
+    let mut prompts = Array2::zeros((2, 3000));
+    prompts[[1, 2999]] = VOCAB as u32;
+    refused(streams.read(prompts.view()), "OutOfRange", "tokens");
+    assert_eq!(streams.state().position(), 0);
+    refused(BatchGenerator::new(&model, Sampler::default(), &[]), "Empty", "seeds");
+    refused(
+        BatchGenerator::new(&model, Sampler { top_k: Some(0), ..Sampler::default() }, &[1]),
+        "Invalid",
+        "top_k",
+    );
+    let mut generator = Generator::new(&model, Sampler::default(), 1).unwrap();
+    refused(generator.branch(&[1]), "Empty", "prompt");
+    generator.read(array![1].view()).unwrap();
+    refused(generator.branch(&[]), "Empty", "seeds");
 
     let mut scorer = Scorer::new(&model).unwrap();
     let (good, bad) = (array![1, 2], array![1, VOCAB as u32]);

@@ -117,6 +117,7 @@ fn older_checkpoints_are_read_as_what_they_were() {
         "feed_forward",
         "units",
         "dropout",
+        "recompute",
     ];
     for field in new {
         assert!(manifest["model"].as_object_mut().unwrap().remove(field).is_some());

@@ -3,8 +3,10 @@
 mod accumulation;
 mod checkpoints;
 mod codebooks;
+mod generation;
 mod golden;
 mod layouts;
+mod recompute;
 mod resume;
 #[path = "../support/training.rs"]
 mod runs;

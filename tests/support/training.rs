@@ -6,6 +6,7 @@ use std::path::Path;
 
 use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
+use transformer_vq::codebook::Estimator;
 use transformer_vq::model::{ModelConfig, Transformer};
 use transformer_vq::train::{
     AdamW, BatchConfig, Batches, Budget, Corpus, Optimizer, Progress, RecentLoss, Schedule, StepReport,
@@ -28,6 +29,7 @@ pub fn config() -> ModelConfig {
         attention: VqAttention { block_len: 3, window: 4, ..VqAttention::default() },
         absolute_positions: true,
         codebook_decay: 0.9,
+        estimator: Estimator::StraightThrough,
         ..ModelConfig::default()
     }
 }
