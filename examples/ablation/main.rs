@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use budget::{progress, train};
+use budget::{PARTS, progress, train};
 use chart::{Chart, Curve, number};
 use clap::Parser;
 use exit::exit;
@@ -35,7 +35,7 @@ use plotters::prelude::*;
 use text::{name, read_text, score, split};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{ModelConfig, write_atomically};
-use transformer_vq::train::{BatchConfig, Corpus};
+use transformer_vq::train::{BatchConfig, Budget, Corpus};
 
 /// Bytes of the held-out text that are read.
 const JUDGED: usize = 96 * 1024;
@@ -187,7 +187,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     };
     let n_runs = CHANGES.iter().map(|&change| seeds_of(change).len()).sum::<usize>() as u64;
     let style = ProgressStyle::with_template("{prefix:14} {bar:24} {percent:>3}%  {msg}  {eta} left")?;
-    let bar = ProgressBar::new(n_runs * args.steps).with_style(style);
+    let bar = ProgressBar::new(n_runs * PARTS).with_style(style);
     let (mut table, mut rows) = (format!("{HEAD}\n"), vec![]);
     for change in CHANGES {
         bar.set_prefix(change.to_string());
@@ -223,14 +223,14 @@ fn row(
     };
     for &seed in seeds {
         let batches = BatchConfig { batch_size: 4, sequence_len: 2048, update_len: 512, seed };
-        let progress = progress(batches, args.steps)?;
+        let progress = progress(batches, Budget::Steps(args.steps))?;
         let (_, held_out) = split(text, &progress)?;
-        let trained = train(config.clone(), text, progress, bar)?;
+        let trained = train(config.clone(), text, progress, bar, |_, _, _| Ok(()))?;
         let most = if args.short { 4096 } else { JUDGED };
         let begun = Instant::now();
         let scorer = score(&trained.model, text, held_out.start..held_out.end.min(held_out.start + most))?;
         row.bits_per_byte.push(scorer.bits_per_byte());
-        row.training_speed = trained.bytes_per_second;
+        row.training_speed = trained.tokens / trained.seconds;
         row.reading_speed = scorer.tokens() as f64 / begun.elapsed().as_secs_f64();
         row.cached_mass = scorer.cached_mass();
     }
