@@ -10,18 +10,19 @@ macro_rules! compiled_here {
     ($T:ident, $function:expr, $pointer:ty) => {{
         let of_f32: &dyn std::any::Any = {
             type $T = f32;
+            #[allow(clippy::type_complexity)]
             static INSTANCE: $pointer = $function;
             &INSTANCE
         };
         let of_f64: &dyn std::any::Any = {
             type $T = f64;
+            #[allow(clippy::type_complexity)]
             static INSTANCE: $pointer = $function;
             &INSTANCE
         };
-        *of_f32
-            .downcast_ref::<$pointer>()
-            .or_else(|| of_f64.downcast_ref::<$pointer>())
-            .expect("a Scalar is f32 or f64")
+        #[allow(clippy::type_complexity)]
+        let instance: Option<&$pointer> = of_f32.downcast_ref().or_else(|| of_f64.downcast_ref());
+        *instance.expect("a Scalar is f32 or f64")
     }};
 }
 pub(crate) use compiled_here;

@@ -28,7 +28,7 @@ pub struct Saved<T> {
 /// What backward needs of one unit.
 #[derive(Debug, Clone)]
 enum SavedUnit<T> {
-    Kept(layer::Saved<T>),
+    Kept(Box<layer::Saved<T>>),
     /// To compute it again from: [`ModelConfig::recompute`].
     Input {
         x: Array2<T>,
@@ -76,6 +76,7 @@ impl<T: Scalar> Transformer<T> {
         )(self, tokens, mask, state, dropout)
     }
 
+    #[allow(clippy::type_complexity)] // three results of one pass
     fn forward_dropping_here(
         &self,
         tokens: ArrayView2<'_, u32>,
@@ -101,7 +102,7 @@ impl<T: Scalar> Transformer<T> {
             reports.push(report);
             layers.push(match input {
                 Some((x, states)) => SavedUnit::Input { x, states },
-                None => SavedUnit::Kept(saved),
+                None => SavedUnit::Kept(Box::new(saved)),
             });
         }
         let (normed, final_norm) = self.normalize(&x)?;
@@ -180,7 +181,7 @@ impl<T: Scalar> Transformer<T> {
             let mask = mask.as_ref().map(|mask| mask.view());
             let layer = self.layer(unit, &prepared);
             let saved = match saved {
-                SavedUnit::Kept(saved) => saved,
+                SavedUnit::Kept(saved) => *saved,
                 SavedUnit::Input { x, mut states } => layer.forward(x, &mut states, mask, &masks)?.2,
             };
             d_x = layer.backward(saved, d_x, mask, &masks, b, distances.view(), d_parameters)?;
