@@ -12,7 +12,9 @@ use transformer_vq::model::{
 };
 use transformer_vq::{Error, Scalar};
 
+mod files;
 mod naive;
+mod training;
 
 use naive::Naive;
 
