@@ -17,7 +17,7 @@ use transformer_vq::train::Corpus;
 /// The token behind which a byte is hidden.
 pub const MASK: u32 = 256;
 /// Bytes of a window.
-pub const LEN: usize = 64;
+pub const LEN: usize = 32;
 /// The part of the bytes that is hidden.
 const HIDDEN: f64 = 0.15;
 

@@ -102,10 +102,10 @@ impl EncoderConfig {
     /// [`Error::Invalid`] naming the field, [`Error::TooLarge`] naming the array that would not fit.
     pub fn validate(&self) -> Result<(), Error> {
         self.like().validate()?;
-        if let EncoderHead::Classes { n_classes } = self.head {
-            if n_classes == 0 || n_classes > u32::MAX as usize {
-                return Err(Error::invalid("n_classes", "between 1 and 2^32 - 1", n_classes));
-            }
+        if let EncoderHead::Classes { n_classes } = self.head
+            && (n_classes == 0 || n_classes > u32::MAX as usize)
+        {
+            return Err(Error::invalid("n_classes", "between 1 and 2^32 - 1", n_classes));
         }
         checked_len("output", &[self.d_model, self.n_outputs()])?;
         Ok(())

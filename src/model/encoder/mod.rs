@@ -59,6 +59,12 @@ pub struct Encoder<T = f32> {
     codebooks: Vec<Codebook<T>>,
 }
 
+/// Tokens and where they exist, to logits or the stream.
+type Pass<T> = fn(&Encoder<T>, ArrayView2<'_, u32>, Option<ArrayView2<'_, bool>>) -> Result<Array3<T>, Error>;
+/// [`Encoder::start_codebooks`].
+type Start<T> =
+    fn(&mut Encoder<T>, ArrayView2<'_, u32>, Option<ArrayView2<'_, bool>>, usize, u64) -> Result<(), Error>;
+
 /// What a unit reports of a batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncoderUnitReport<T> {
@@ -134,7 +140,7 @@ impl<T: Scalar> Encoder<T> {
         compiled_here!(
             T,
             |encoder, tokens, exists| Ok(encoder.run(tokens, &encoder.check(tokens, exists)?)?.logits),
-            fn(&Encoder<T>, ArrayView2<'_, u32>, Option<ArrayView2<'_, bool>>) -> Result<Array3<T>, Error>
+            Pass<T>
         )(self, tokens, exists)
     }
 
@@ -153,7 +159,7 @@ impl<T: Scalar> Encoder<T> {
         compiled_here!(
             T,
             |encoder, tokens, exists| Ok(encoder.run(tokens, &encoder.check(tokens, exists)?)?.stream),
-            fn(&Encoder<T>, ArrayView2<'_, u32>, Option<ArrayView2<'_, bool>>) -> Result<Array3<T>, Error>
+            Pass<T>
         )(self, tokens, exists)
     }
 
@@ -185,17 +191,7 @@ impl<T: Scalar> Encoder<T> {
         steps: usize,
         seed: u64,
     ) -> Result<(), Error> {
-        compiled_here!(
-            T,
-            Encoder::<T>::start_codebooks_here,
-            fn(
-                &mut Encoder<T>,
-                ArrayView2<'_, u32>,
-                Option<ArrayView2<'_, bool>>,
-                usize,
-                u64,
-            ) -> Result<(), Error>
-        )(self, tokens, exists, steps, seed)
+        compiled_here!(T, Encoder::<T>::start_codebooks_here, Start<T>)(self, tokens, exists, steps, seed)
     }
 
     fn start_codebooks_here(
