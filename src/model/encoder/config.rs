@@ -72,7 +72,7 @@ pub enum EncoderHead {
 }
 
 impl Default for EncoderConfig {
-    /// A small encoder of bytes in which some are hidden behind token 256: four units, 0.9 million parameters.
+    /// A small encoder of bytes in which some are hidden behind token 256: four units, 0.6 million parameters.
     fn default() -> Self {
         EncoderConfig {
             vocab_size: 257,
