@@ -244,6 +244,14 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<model::LayerParameters<f32>>();
     public::<model::NormParameters<f32>>();
     public::<model::Parameter<'_, f32>>();
+    public::<model::Encoder>();
+    public::<model::EncoderConfig>();
+    public::<model::EncoderHead>();
+    public::<model::EncoderBatch<'_>>();
+    public::<model::EncoderLoss<f32>>();
+    public::<model::EncoderParameters<f32>>();
+    public::<model::EncoderUnitParameters<f32>>();
+    public::<model::EncoderUnitReport<f32>>();
     public::<generate::Sampler>();
     public::<generate::Generator<'_>>();
     public::<generate::BatchGenerator<'_>>();
@@ -257,6 +265,7 @@ fn public_types_of_the_model_can_be_shared_copied_and_printed() {
     public::<train::Schedule>();
     public::<train::Decay>();
     public::<train::Trainer>();
+    public::<train::EncoderTrainer>();
     public::<train::StepReport>();
     public::<train::Corpus>();
     public::<train::ImageShape>();

@@ -24,7 +24,9 @@ use ndarray::{Array3, ArrayD, ArrayView, Dimension, Ix2, Ix3};
 use serde::{Deserialize, Serialize};
 
 use super::tensor_file::{Tensor, TensorFile};
-use super::{LearningConfig, ModelConfig, Parameters, Transformer, write_atomically};
+use super::{
+    LearningConfig, ModelConfig, Parameter, ParameterMut, Parameters, Transformer, write_atomically,
+};
 use crate::codebook::{Basis, Ema, Learning};
 use crate::compiled::compiled_here;
 use crate::error::check_finite;
@@ -89,10 +91,7 @@ pub(crate) fn write<'a, T: Scalar>(
     let mut tensors = named("model", model.parameters())?;
     for (i, learning) in model.config().codebook_units().zip(model.learning()) {
         match learning {
-            Learning::Ema(ema) => {
-                tensors.push(tensor(format!("codebooks.{i}.sums"), ema.sums())?);
-                tensors.push(tensor(format!("codebooks.{i}.counts"), ema.counts())?);
-            }
+            Learning::Ema(ema) => tensors.extend(ema_tensors(i, ema)?),
             Learning::Linear(Basis::Frozen(basis)) => {
                 tensors.push(tensor(format!("codebooks.{i}.basis"), basis.view())?);
             }
@@ -150,7 +149,15 @@ pub(crate) fn named<'a, T: Scalar>(
     prefix: &str,
     parameters: &'a Parameters<T>,
 ) -> Result<Vec<Tensor<'a>>, Error> {
-    parameters.views().into_iter().map(|p| tensor(format!("{prefix}.{}", p.name), p.value)).collect()
+    named_views(prefix, parameters.views())
+}
+
+/// Every one of these arrays, its name behind `prefix`.
+pub(super) fn named_views<'a, T: Scalar>(
+    prefix: &str,
+    views: Vec<Parameter<'a, T>>,
+) -> Result<Vec<Tensor<'a>>, Error> {
+    views.into_iter().map(|p| tensor(format!("{prefix}.{}", p.name), p.value)).collect()
 }
 
 /// Opens the checkpoint in a folder.
@@ -210,7 +217,7 @@ pub(crate) fn read_model<T: Scalar>(config: ModelConfig, file: &TensorFile) -> R
 /// What the optimizer does not move of the codebook of unit i.
 fn read_learning<T: Scalar>(config: &ModelConfig, i: usize, file: &TensorFile) -> Result<Learning<T>, Error> {
     let (n_heads, &ModelConfig { n_codes, d_k, codebook_decay, .. }) = (config.key_heads(), config);
-    let wrong = |e: Error| file_error(file.path().into(), format!("codebooks.{i}: {e}"));
+    let wrong = |e: Error| wrong_codebook(i, file, e);
     let table = |name: &str, width: usize| -> Result<Array3<T>, Error> {
         let array: ArrayD<T> = file.array(&format!("codebooks.{i}.{name}"), &[n_heads, n_codes, width])?;
         Ok(array.into_dimensionality::<Ix3>().expect("its shape has been checked"))
@@ -218,10 +225,8 @@ fn read_learning<T: Scalar>(config: &ModelConfig, i: usize, file: &TensorFile) -
     let finite = |table: Array3<T>| check_finite("codebook", table.view()).map(|()| table).map_err(wrong);
     Ok(match config.learning {
         LearningConfig::Ema { smoothing } => {
-            let counts: ArrayD<T> = file.array(&format!("codebooks.{i}.counts"), &[n_heads, n_codes])?;
-            let counts = counts.into_dimensionality::<Ix2>().expect("its shape has been checked");
-            let ema = Ema::new(table("sums", d_k)?, counts, codebook_decay);
-            Learning::Ema(ema.and_then(|ema| ema.with_smoothing(smoothing)).map_err(wrong)?)
+            let ema = read_ema(i, (n_heads, n_codes, d_k), codebook_decay, file)?;
+            Learning::Ema(ema.with_smoothing(smoothing).map_err(wrong)?)
         }
         LearningConfig::Gradient(_) => Learning::Gradient,
         LearningConfig::Linear { learned_basis: true, .. } => Learning::Linear(Basis::Learned),
@@ -232,22 +237,59 @@ fn read_learning<T: Scalar>(config: &ModelConfig, i: usize, file: &TensorFile) -
     })
 }
 
+fn wrong_codebook(i: usize, file: &TensorFile, e: Error) -> Error {
+    file_error(file.path().into(), format!("codebooks.{i}: {e}"))
+}
+
+/// The moving averages of unit i, of H heads with S codes of width K.
+pub(super) fn read_ema<T: Scalar>(
+    i: usize,
+    (n_heads, n_codes, d_k): (usize, usize, usize),
+    decay: f64,
+    file: &TensorFile,
+) -> Result<Ema<T>, Error> {
+    let sums: ArrayD<T> = file.array(&format!("codebooks.{i}.sums"), &[n_heads, n_codes, d_k])?;
+    let counts: ArrayD<T> = file.array(&format!("codebooks.{i}.counts"), &[n_heads, n_codes])?;
+    let sums = sums.into_dimensionality::<Ix3>().expect("its shape has been checked");
+    let counts = counts.into_dimensionality::<Ix2>().expect("its shape has been checked");
+    Ema::new(sums, counts, decay).map_err(|e| wrong_codebook(i, file, e))
+}
+
+/// The tensors of the moving averages of unit i.
+pub(super) fn ema_tensors<T: Scalar>(i: usize, ema: &Ema<T>) -> Result<[Tensor<'_>; 2], Error> {
+    let sums = tensor(format!("codebooks.{i}.sums"), ema.sums())?;
+    Ok([sums, tensor(format!("codebooks.{i}.counts"), ema.counts())?])
+}
+
 /// The arrays that [`named`] has written.
 pub(crate) fn read_parameters<T: Scalar>(
     prefix: &str,
     config: &ModelConfig,
     file: &TensorFile,
 ) -> Result<Parameters<T>, Error> {
-    // Before anything is allocated: does the file hold as much as the configuration says?
-    let expected = config.n_parameters();
-    let found = file.count_elements(&format!("{prefix}."));
-    if found != expected {
-        let problem =
-            format!("`{prefix}.*` holds {found} numbers, a model of this configuration has {expected}");
-        return Err(file_error(file.path().into(), problem));
-    }
+    check_count(prefix, config.n_parameters(), file)?;
     let mut parameters = Parameters::zeros(config);
-    for mut parameter in parameters.views_mut() {
+    read_views(prefix, parameters.views_mut(), file)?;
+    Ok(parameters)
+}
+
+/// Before anything is allocated: does the file hold as much as the configuration says?
+pub(super) fn check_count(prefix: &str, expected: u128, file: &TensorFile) -> Result<(), Error> {
+    let found = file.count_elements(&format!("{prefix}."));
+    if found == expected {
+        return Ok(());
+    }
+    let problem = format!("`{prefix}.*` holds {found} numbers, a model of this configuration has {expected}");
+    Err(file_error(file.path().into(), problem))
+}
+
+/// Fills these arrays with those that [`named_views`] has written.
+pub(super) fn read_views<T: Scalar>(
+    prefix: &str,
+    views: Vec<ParameterMut<'_, T>>,
+    file: &TensorFile,
+) -> Result<(), Error> {
+    for mut parameter in views {
         let name = format!("{prefix}.{}", parameter.name);
         let array = file.array::<T>(&name, parameter.value.shape())?;
         if let Some(bad) = array.iter().find(|x| !x.is_finite()) {
@@ -255,5 +297,5 @@ pub(crate) fn read_parameters<T: Scalar>(
         }
         parameter.value.assign(&array);
     }
-    Ok(parameters)
+    Ok(())
 }

@@ -36,13 +36,17 @@
 //! # Ok::<(), transformer_vq::Error>(())
 //! ```
 //!
-//! Read in this order: [`ModelConfig`], `layer`, [`Transformer`].
+//! An [`Encoder`] reads whole sequences, with bidirectional attention in the same units: it fills in masked tokens or tells
+//! classes of sequences ([`EncoderConfig`]).
+//!
+//! Read in this order: [`ModelConfig`], `layer`, [`Transformer`]; then [`EncoderConfig`], [`Encoder`].
 
 mod atomic_file;
 pub(crate) mod checkpoint;
 mod codebooks;
 mod config;
 mod dropout;
+mod encoder;
 mod layer;
 mod learning;
 mod loss;
@@ -59,6 +63,10 @@ mod transformer;
 pub use atomic_file::write_atomically;
 pub use config::{FeedForward, FeedForwardKind, ModelConfig, UnitKind};
 pub use dropout::{Dropout, DropoutSeed};
+pub use encoder::{
+    Encoder, EncoderBatch, EncoderConfig, EncoderHead, EncoderLoss, EncoderParameters, EncoderUnitParameters,
+    EncoderUnitReport,
+};
 pub use layer::{LayerReport, PieceReport};
 pub use learning::{CodebookStart, CodewordGradient, LearningConfig, Revival};
 pub use loss::LossAndGradients;

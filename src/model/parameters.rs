@@ -137,7 +137,7 @@ impl Parameters<f32> {
 }
 
 /// Numbers from N(0, 1 / fan_in).
-fn fill_for(matrix: &mut Array2<f32>, fan_in: usize, rng: &mut ChaCha8Rng) {
+pub(super) fn fill_for(matrix: &mut Array2<f32>, fan_in: usize, rng: &mut ChaCha8Rng) {
     fill_normal(matrix, (fan_in as f64).sqrt().recip(), rng);
 }
 
@@ -323,12 +323,12 @@ fn zero_codebook<T: Scalar>(config: &ModelConfig) -> CodebookParameters<T> {
     }
 }
 
-fn dynamic<T, D: Dimension>(array: &ndarray::Array<T, D>) -> ArrayViewD<'_, T> {
+pub(super) fn dynamic<T, D: Dimension>(array: &ndarray::Array<T, D>) -> ArrayViewD<'_, T> {
     let view: ArrayView<'_, T, D> = array.view();
     view.into_dyn()
 }
 
-fn dynamic_mut<T, D: Dimension>(array: &mut ndarray::Array<T, D>) -> ArrayViewMutD<'_, T> {
+pub(super) fn dynamic_mut<T, D: Dimension>(array: &mut ndarray::Array<T, D>) -> ArrayViewMutD<'_, T> {
     let view: ArrayViewMut<'_, T, D> = array.view_mut();
     view.into_dyn()
 }

@@ -3,11 +3,11 @@
 use super::{FeedForwardKind, LearningConfig, ModelConfig, UnitKind};
 
 /// The product of sizes. Those of an invalid configuration may have none: it is then as large as can be.
-fn size(sizes: &[usize]) -> u128 {
+pub(super) fn size(sizes: &[usize]) -> u128 {
     sizes.iter().fold(1, |product: u128, &n| product.saturating_mul(n as u128))
 }
 
-fn sum(parts: impl IntoIterator<Item = u128>) -> u128 {
+pub(super) fn sum(parts: impl IntoIterator<Item = u128>) -> u128 {
     parts.into_iter().fold(0, u128::saturating_add)
 }
 
@@ -75,7 +75,7 @@ impl ModelConfig {
     }
 
     /// Weights of one unit's matrices that each token is multiplied with.
-    fn n_unit_matrices(&self) -> u128 {
+    pub(super) fn n_unit_matrices(&self) -> u128 {
         let (d, h, key_heads, k, v) = (self.d_model, self.n_heads, self.key_heads(), self.d_k, self.d_v);
         let feed_forward = self.feed_forward.map_or(0, |feed_forward| {
             let matrices = if feed_forward.kind == FeedForwardKind::SwiGlu { 3 } else { 2 };

@@ -1,8 +1,9 @@
-//! The model and its training: layouts, published numbers, checkpoints, resuming, optimizers, micro-batches.
+//! The model and its training: layouts, published numbers, checkpoints, resuming, optimizers, micro-batches, the encoder.
 
 mod accumulation;
 mod checkpoints;
 mod codebooks;
+mod encoder;
 mod generation;
 mod golden;
 mod layouts;

@@ -67,7 +67,7 @@ impl<T: Scalar> Layer<'_, T> {
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
         let (out, mut report, core) = self.attend_heads(&inputs, states); // (4)
         if self.config.revival.is_some() && self.learning.is_some() {
-            report.keys = Some(self.per_head(&activated.k, batch, self.key_heads()).to_owned());
+            report.keys = Some(per_head(&activated.k, batch, self.key_heads()).to_owned());
         }
         let out = rows(out);
         let branch = self.gate(&out, &projected)?; // (5)
@@ -90,7 +90,7 @@ impl<T: Scalar> Layer<'_, T> {
     /// The keys [B, Hk, T, K] of `x` [B T, D].
     pub fn keys(&self, x: &Array2<T>, batch: usize) -> Result<Array4<T>, Error> {
         let projected = self.project(&self.normalize(x)?.0)?;
-        Ok(self.per_head(&self.activate(&projected)?.k, batch, self.key_heads()).to_owned())
+        Ok(per_head(&self.activate(&projected)?.k, batch, self.key_heads()).to_owned())
     }
 
     /// Gradient of `x` by way of the branch; gradients of the parameters are added to `d`. `distances` as in
@@ -123,7 +123,7 @@ impl<T: Scalar> Layer<'_, T> {
         // (4)
         let activated = self.activate(&projected)?;
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
-        let [out, d_out] = [&out, &d_out].map(|rows| self.per_head(rows, batch, self.config.n_heads));
+        let [out, d_out] = [&out, &d_out].map(|rows| per_head(rows, batch, self.config.n_heads));
         let (d_attention, stats) = self.attend_heads_backward(&inputs, core, out, d_out);
         let learning = self.config.learning.gradient().zip(self.learning);
         if let (Some((gradient, learning)), Some(stats)) = (learning, stats) {
@@ -222,9 +222,9 @@ impl<T: Scalar> Layer<'_, T> {
         batch: usize,
         mask: Option<ArrayView2<'s, bool>>,
     ) -> BatchInputs<'s, T> {
-        let q = self.per_head(&activated.q, batch, self.config.n_heads);
-        let k = self.per_head(&activated.k, batch, self.key_heads());
-        let v = self.per_head(activated.v.as_ref().unwrap_or(&projected.v), batch, self.key_heads());
+        let q = per_head(&activated.q, batch, self.config.n_heads);
+        let k = per_head(&activated.k, batch, self.key_heads());
+        let v = per_head(activated.v.as_ref().unwrap_or(&projected.v), batch, self.key_heads());
         BatchInputs {
             biases: Some(BatchBiases {
                 content: self.prepared.content.view(),
@@ -234,13 +234,6 @@ impl<T: Scalar> Layer<'_, T> {
             mask,
             ..BatchInputs::new(q, k, v)
         }
-    }
-
-    /// [B T, H width] seen as [B, H, T, width].
-    fn per_head<'s>(&self, rows: &'s Array2<T>, batch: usize, n_heads: usize) -> ArrayView4<'s, T> {
-        let shape = (batch, rows.nrows() / batch.max(1), n_heads, rows.ncols() / n_heads);
-        let rows = rows.view().into_shape_with_order(shape).expect("made by a product: contiguous");
-        rows.permuted_axes([0, 2, 1, 3])
     }
 
     /// (5)
@@ -254,8 +247,15 @@ impl<T: Scalar> Layer<'_, T> {
     }
 }
 
+/// [B T, H width] seen as [B, H, T, width].
+pub(in crate::model) fn per_head<T>(rows: &Array2<T>, batch: usize, n_heads: usize) -> ArrayView4<'_, T> {
+    let shape = (batch, rows.nrows() / batch.max(1), n_heads, rows.ncols() / n_heads);
+    let rows = rows.view().into_shape_with_order(shape).expect("made by a product: contiguous");
+    rows.permuted_axes([0, 2, 1, 3])
+}
+
 /// [B, H, T, width] laid out token by token, as [B T, H width].
-fn rows<T>(array: Array4<T>) -> Array2<T> {
+pub(in crate::model) fn rows<T>(array: Array4<T>) -> Array2<T> {
     let array = array.permuted_axes([0, 2, 1, 3]); // [B, T, H, width]
     let (b, t, h, width) = array.dim();
     array.into_shape_with_order((b * t, h * width)).expect("attention lays its results out token by token")

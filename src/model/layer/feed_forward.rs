@@ -17,7 +17,7 @@ use crate::{Error, Scalar};
 
 /// What backward needs of forward; (2) is computed again.
 #[derive(Debug, Clone)]
-pub(super) struct Saved<T> {
+pub(in crate::model) struct Saved<T> {
     pub x: Array2<T>,
     norm: rms_norm::Saved<T>,
     projected: Projected<T>,
@@ -40,14 +40,16 @@ impl<T: Scalar> Projected<T> {
     }
 }
 
-/// The branch of `x` [B T, D], without the residual.
-pub(super) fn forward<T: Scalar>(
+/// The branch of `x` [B T, D], without the residual; with packed weights, if there are and if they suit so many tokens.
+pub(in crate::model) fn forward<T: Scalar>(
     p: &FeedForwardParameters<T>,
     x: Array2<T>,
-    prepared: &Prepared<T>,
+    prepared: Option<&Prepared<T>>,
 ) -> Result<(Array2<T>, Saved<T>), Error> {
     let (x_norm, norm) = normalize(p, &x)?; // (1)
-    let packed = prepared.packed_for(&x_norm).and_then(|packed| packed.feed_forward.as_ref());
+    let packed = prepared
+        .and_then(|prepared| prepared.packed_for(&x_norm))
+        .and_then(|packed| packed.feed_forward.as_ref());
     let projected = match packed {
         Some((input, _)) => {
             let all = input.product(x_norm.view());
@@ -69,7 +71,7 @@ pub(super) fn forward<T: Scalar>(
 }
 
 /// Gradient of `x`; gradients of the parameters are added to `d`.
-pub(super) fn backward<T: Scalar>(
+pub(in crate::model) fn backward<T: Scalar>(
     p: &FeedForwardParameters<T>,
     saved: Saved<T>,
     d_branch: &Array2<T>,

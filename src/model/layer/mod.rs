@@ -19,10 +19,11 @@ use crate::{Error, Scalar};
 
 mod attention;
 mod core;
-mod feed_forward;
+pub(super) mod feed_forward;
 mod prepared;
 mod report;
 
+pub(super) use attention::{per_head, rows};
 pub(super) use prepared::{FEW_TOKENS, Prepared};
 pub use report::{LayerReport, PieceReport};
 
@@ -63,7 +64,7 @@ impl<T: Scalar> Layer<'_, T> {
         let Some(parameters) = &self.parameters.feed_forward else {
             return Ok((y, report, Saved { attention, feed_forward: None }));
         };
-        let (mut branch, feed_forward) = feed_forward::forward(parameters, y, self.prepared)?;
+        let (mut branch, feed_forward) = feed_forward::forward(parameters, y, Some(self.prepared))?;
         masks.branch(Branch::FeedForward, self.unit, &mut branch)?;
         let y = branch + &feed_forward.x; // (2)
         Ok((y, report, Saved { attention, feed_forward: Some(feed_forward) }))
@@ -76,7 +77,7 @@ impl<T: Scalar> Layer<'_, T> {
         let Some(parameters) = &self.parameters.feed_forward else {
             return Ok((y, report));
         };
-        let (branch, saved) = feed_forward::forward(parameters, y, self.prepared)?;
+        let (branch, saved) = feed_forward::forward(parameters, y, Some(self.prepared))?;
         Ok((branch + &saved.x, report)) // (2)
     }
 
