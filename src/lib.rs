@@ -73,6 +73,8 @@
 //!
 //! # Features
 //! `model` (default): [`model`], [`train`] and [`generate`]. Without it, attention and codebooks alone, with few dependencies.
+//!
+//! `tokenizers`: text through any Hugging Face `tokenizer.json`, without C dependencies.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations)]

@@ -16,6 +16,7 @@
 //! | a feed-forward branch | `feed_forward` |
 //! | exact quadratic attention, windows, or a mix of both with linear units | `units` |
 //! | dropout | `dropout` |
+//! | less memory in training, for a third more time | `recompute` |
 //!
 //! ```
 //! use transformer_vq::model::{FeedForward, FeedForwardKind, ModelConfig, Transformer, UnitKind};
