@@ -38,7 +38,7 @@ pub fn batches(
 
 fn too_short(tokens: usize, progress: &Progress) -> Box<dyn Error> {
     let sequence_len = progress.batches.sequence_len;
-    format!("the text is too short: {tokens} tokens, and what is not held out of it must be more than the {sequence_len} of --sequence-len").into()
+    format!("the text is too short: {tokens} tokens, and what is not held out of it must be more than the {sequence_len} of a training sequence").into()
 }
 
 /// The text to learn, a file or a folder of files. Without one: README, documentation and sources of this crate, in the order of their names.
