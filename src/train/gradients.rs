@@ -87,28 +87,6 @@ impl<T: Scalar> Gradients<T> {
         state: &mut ModelState<T>,
         dropout: Option<DropoutSeed>,
     ) -> Result<Self, Error> {
-        compiled_here!(
-            T,
-            Gradients::<T>::collect_dropping_here,
-            fn(
-                &Transformer<T>,
-                ArrayView2<'_, u32>,
-                ArrayView2<'_, u32>,
-                Option<ArrayView2<'_, bool>>,
-                &mut ModelState<T>,
-                Option<DropoutSeed>,
-            ) -> Result<Gradients<T>, Error>
-        )(model, tokens, targets, mask, state, dropout)
-    }
-
-    fn collect_dropping_here(
-        model: &Transformer<T>,
-        tokens: ArrayView2<'_, u32>,
-        targets: ArrayView2<'_, u32>,
-        mask: Option<ArrayView2<'_, bool>>,
-        state: &mut ModelState<T>,
-        dropout: Option<DropoutSeed>,
-    ) -> Result<Self, Error> {
         let LossAndGradients { loss, commit_loss, total, gradients, layers } =
             model.loss_and_gradients_dropping(tokens, targets, mask, state, dropout)?;
         let counted = mask.map_or(tokens.len(), |mask| mask.iter().filter(|&&counts| counts).count());
