@@ -21,9 +21,9 @@ mod attention;
 mod core;
 pub(super) mod feed_forward;
 mod prepared;
+pub(super) mod projections;
 mod report;
 
-pub(super) use attention::{per_head, rows};
 pub(super) use prepared::{FEW_TOKENS, Prepared};
 pub use report::{LayerReport, PieceReport};
 

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::BidirectionalAttention;
 use transformer_vq::check::{finite_difference, relative_rms};
-use transformer_vq::codebook::Estimator;
+use transformer_vq::codebook::{Estimator, Rotation};
 use transformer_vq::model::{
     Encoder, EncoderBatch, EncoderConfig, EncoderHead, EncoderLoss, EncoderParameters, FeedForward,
     FeedForwardKind,
@@ -39,7 +39,7 @@ fn small() -> EncoderConfig {
 }
 
 /// Every option at least once.
-fn configs() -> [EncoderConfig; 6] {
+fn configs() -> [EncoderConfig; 7] {
     let keys_share = BidirectionalAttention { key_gradient: true };
     let feed_forward = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 5 });
     [
@@ -49,6 +49,12 @@ fn configs() -> [EncoderConfig; 6] {
         EncoderConfig { head: CLASSES, attention: keys_share, n_key_heads: Some(1), ..small() },
         EncoderConfig { gate: false, feed_forward, attention: keys_share, ..small() },
         EncoderConfig { attention: keys_share, estimator: Estimator::Directional, n_layers: 3, ..small() },
+        EncoderConfig {
+            attention: keys_share,
+            estimator: Estimator::Rotation(Rotation::default()),
+            feed_forward: Some(FeedForward { kind: FeedForwardKind::Gelu, width: 5 }),
+            ..small()
+        },
     ]
 }
 

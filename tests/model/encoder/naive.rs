@@ -160,9 +160,13 @@ impl<'a> Naive<'a> {
             out *= &x_norm.dot(w_gate).mapv(silu);
         }
         let mut y = x + out.dot(&p.w_out);
-        if let Some(FeedForwardParameters { norm, w_in, w_gate: Some(w_gate), w_out }) = &p.feed_forward {
+        if let Some(FeedForwardParameters { norm, w_in, w_gate, w_out }) = &p.feed_forward {
             let y_norm = normalize(&y, norm);
-            y += &(y_norm.dot(w_in) * y_norm.dot(w_gate).mapv(silu)).dot(w_out);
+            let inner = match w_gate {
+                Some(w_gate) => y_norm.dot(w_in) * y_norm.dot(w_gate).mapv(silu),
+                None => y_norm.dot(w_in).mapv(gelu),
+            };
+            y += &inner.dot(w_out);
         }
         (y, squares / counted)
     }
@@ -207,7 +211,17 @@ impl<'a> Naive<'a> {
                 let along = between.dot(&moved) / between.dot(&between);
                 moved - between * along
             }
-            _ => moved * 0.0,
+            Estimator::Rotation(_) => {
+                // The paper's variant, as a dense matrix: lambda (I - 2 r r^T + 2 c~ u^T), r = (u + c~) / |u + c~|.
+                let length = |x: &Array1<f64>| x.dot(x).sqrt();
+                let (key, codeword) = (key.to_owned(), codeword.to_owned());
+                let (u, c) = (&key / length(&key), &codeword / length(&codeword));
+                let r = &u + &c;
+                let turned = &moved - &(&r * (2.0 * r.dot(&moved) / r.dot(&r))) + &c * (2.0 * u.dot(&moved));
+                turned * (length(&codeword) / length(&key))
+            }
+            Estimator::None => moved * 0.0,
+            other => panic!("no definition of {other:?} here"),
         }
     }
 }
@@ -223,4 +237,8 @@ fn normalize(x: &Array2<f64>, NormParameters { gain, bias }: &NormParameters<f64
 
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
+}
+
+fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
 }

@@ -1,0 +1,201 @@
+//! What attention lies between, in a unit of the language model and of the encoder alike: projections of the normed stream
+//! before it, a gate and a projection back behind it.
+//!
+//! ```text
+//! (1)  x~ = RMSNorm(x) * gain + bias
+//! (2)  q = K^(-1/4) RMSNorm(x~ Wq),  k = K^(-1/4) RMSNorm(x~ Wk)   per head
+//!      v = SiLU(x~ Wv)                                             without a gate: v = x~ Wv
+//! (3)  branch = (o * SiLU(x~ Wg)) Wo                               without a gate: branch = o Wo
+//! ```
+//!
+//! Rows are tokens, sequence after sequence: [B T, width]. Heads lie side by side.
+
+use ndarray::{Array2, Array4, ArrayView4, s};
+
+use super::Prepared;
+use crate::model::NormParameters;
+use crate::ops::{linear, rms_norm, silu};
+use crate::{Error, Scalar};
+
+/// The arrays of a unit, and its heads.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model) struct Projections<'a, T> {
+    pub norm: &'a NormParameters<T>,
+    pub w_q: &'a Array2<T>,
+    pub w_k: &'a Array2<T>,
+    pub w_v: &'a Array2<T>,
+    pub w_gate: Option<&'a Array2<T>>,
+    pub w_out: &'a Array2<T>,
+    /// H.
+    pub n_heads: usize,
+    /// Hk.
+    pub key_heads: usize,
+    /// K^(-1/4).
+    pub scale: T,
+    /// The weights once more, to infer with.
+    pub prepared: Option<&'a Prepared<T>>,
+}
+
+/// Where the gradients of [`Projections`] are added.
+#[derive(Debug)]
+pub(in crate::model) struct ProjectionGradients<'a, T> {
+    pub norm: &'a mut NormParameters<T>,
+    pub w_q: &'a mut Array2<T>,
+    pub w_k: &'a mut Array2<T>,
+    pub w_v: &'a mut Array2<T>,
+    pub w_gate: Option<&'a mut Array2<T>>,
+    pub w_out: &'a mut Array2<T>,
+}
+
+/// x~ times Wq, Wk, Wv, Wg, and what backward needs of (1). Normalised and activated arrays are computed again from it.
+#[derive(Debug, Clone)]
+pub(in crate::model) struct Projected<T> {
+    norm: rms_norm::Saved<T>,
+    q: Array2<T>,
+    k: Array2<T>,
+    v: Array2<T>,
+    gate: Option<Array2<T>>,
+}
+
+/// (2) after the projections, with what its backward needs.
+pub(in crate::model) struct Activated<T> {
+    q: Array2<T>,
+    q_norm: rms_norm::Saved<T>,
+    k: Array2<T>,
+    k_norm: rms_norm::Saved<T>,
+    /// None where values stay as they are projected.
+    v: Option<Array2<T>>,
+}
+
+impl<T: Scalar> Projections<'_, T> {
+    /// (1) and the products of (2) and (3) with x~, of `x` [B T, D].
+    pub fn project(&self, x: &Array2<T>) -> Result<Projected<T>, Error> {
+        let (x_norm, norm) = self.normalize(x)?;
+        if let Some(packed) = self.prepared.and_then(|prepared| prepared.packed_for(&x_norm)) {
+            let all = packed.input.product(x_norm.view());
+            let mut from = 0;
+            let mut columns = |w: &Array2<T>| {
+                from += w.ncols();
+                all.slice(s![.., from - w.ncols()..from]).to_owned()
+            };
+            let (q, k, v) = (columns(self.w_q), columns(self.w_k), columns(self.w_v));
+            return Ok(Projected { norm, q, k, v, gate: self.w_gate.map(columns) });
+        }
+        let project = |w: &Array2<T>| linear::forward(x_norm.view(), w.view(), None);
+        Ok(Projected {
+            q: project(self.w_q)?,
+            k: project(self.w_k)?,
+            v: project(self.w_v)?,
+            gate: self.w_gate.map(project).transpose()?,
+            norm,
+        })
+    }
+
+    /// (2)
+    pub fn activate(&self, projected: &Projected<T>) -> Result<Activated<T>, Error> {
+        let (q, q_norm) = rms_norm::forward(projected.q.view(), self.n_heads, self.scale)?;
+        let (k, k_norm) = rms_norm::forward(projected.k.view(), self.key_heads, self.scale)?;
+        let v = projected.gate.as_ref().map(|_| silu::forward(projected.v.view())).transpose()?;
+        Ok(Activated { q, q_norm, k, k_norm, v })
+    }
+
+    /// Queries [B, H, T, K], keys [B, Hk, T, K] and values [B, Hk, T, V] for attention.
+    pub fn heads<'s>(
+        &self,
+        projected: &'s Projected<T>,
+        activated: &'s Activated<T>,
+        batch: usize,
+    ) -> [ArrayView4<'s, T>; 3] {
+        let v = activated.v.as_ref().unwrap_or(&projected.v);
+        let q = per_head(&activated.q, batch, self.n_heads);
+        [q, per_head(&activated.k, batch, self.key_heads), per_head(v, batch, self.key_heads)]
+    }
+
+    /// The keys [B, Hk, T, K] of `x` [B T, D] alone.
+    pub fn keys(&self, x: &Array2<T>, batch: usize) -> Result<Array4<T>, Error> {
+        let k = linear::forward(self.normalize(x)?.0.view(), self.w_k.view(), None)?;
+        let k = rms_norm::forward(k.view(), self.key_heads, self.scale)?.0;
+        Ok(per_head(&k, batch, self.key_heads).to_owned())
+    }
+
+    /// (3), of `out` [B T, H V].
+    pub fn branch(&self, out: &Array2<T>, projected: &Projected<T>) -> Result<Array2<T>, Error> {
+        let gated = projected.gate.as_ref().map(|gate| silu::gate(out.view(), gate.view())).transpose()?;
+        let gated = gated.as_ref().unwrap_or(out);
+        match self.prepared.and_then(|prepared| prepared.packed_for(gated)) {
+            Some(packed) => Ok(packed.output.product(gated.view())),
+            None => linear::forward(gated.view(), self.w_out.view(), None),
+        }
+    }
+
+    /// Gradients of `out` and of x~ Wg by (3).
+    pub fn branch_backward(
+        &self,
+        out: &Array2<T>,
+        projected: &Projected<T>,
+        d_branch: &Array2<T>,
+        d: &mut ProjectionGradients<'_, T>,
+    ) -> Result<(Array2<T>, Option<Array2<T>>), Error> {
+        let (w, d_w) = (self.w_out.view(), d.w_out.view_mut());
+        let Some(gate) = &projected.gate else {
+            return Ok((linear::backward(out.view(), w, d_branch.view(), d_w, None)?, None));
+        };
+        let gated = silu::gate(out.view(), gate.view())?;
+        let d_gated = linear::backward(gated.view(), w, d_branch.view(), d_w, None)?;
+        let (d_out, d_gate) = silu::gate_backward(out.view(), gate.view(), d_gated.view())?;
+        Ok((d_out, Some(d_gate)))
+    }
+
+    /// Gradient of `x` by (1) and (2), from those of queries, keys and values as attention has them, and of x~ Wg.
+    pub fn backward(
+        &self,
+        x: &Array2<T>,
+        (projected, activated): (&Projected<T>, &Activated<T>),
+        d_heads: [Array4<T>; 3],
+        d_gate: Option<Array2<T>>,
+        d: &mut ProjectionGradients<'_, T>,
+    ) -> Result<Array2<T>, Error> {
+        // (2)
+        let [d_q, d_k, mut d_v] = d_heads.map(rows);
+        let (q, k) = (projected.q.view(), projected.k.view());
+        let d_q = rms_norm::backward(q, &activated.q_norm, self.n_heads, self.scale, d_q.view())?;
+        let d_k = rms_norm::backward(k, &activated.k_norm, self.key_heads, self.scale, d_k.view())?;
+        if activated.v.is_some() {
+            d_v = silu::backward(projected.v.view(), d_v.view())?;
+        }
+        let x_norm = self.normalize(x)?.0;
+        let (w_q, d_w_q) = (self.w_q.view(), d.w_q.view_mut());
+        let mut d_x_norm = linear::backward(x_norm.view(), w_q, d_q.view(), d_w_q, None)?;
+        let mut add = |w: &Array2<T>, d_w: &mut Array2<T>, d_projected: &Array2<T>| {
+            let (w, d_w, d_x_norm) = (w.view(), d_w.view_mut(), d_x_norm.view_mut());
+            linear::add_backward(x_norm.view(), w, d_projected.view(), d_w, None, d_x_norm)
+        };
+        add(self.w_k, d.w_k, &d_k)?;
+        add(self.w_v, d.w_v, &d_v)?;
+        if let (Some(w), Some(d_w), Some(d_gate)) = (self.w_gate, &mut d.w_gate, &d_gate) {
+            add(w, d_w, d_gate)?;
+        }
+        // (1)
+        let (gain, d_gain, d_bias) = (self.norm.gain.view(), d.norm.gain.view_mut(), d.norm.bias.view_mut());
+        rms_norm::backward_affine(x.view(), &projected.norm, gain, d_x_norm.view(), d_gain, d_bias)
+    }
+
+    /// (1)
+    fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
+        rms_norm::forward_affine(x.view(), self.norm.gain.view(), self.norm.bias.view())
+    }
+}
+
+/// [B T, H width] seen as [B, H, T, width].
+pub(in crate::model) fn per_head<T>(rows: &Array2<T>, batch: usize, n_heads: usize) -> ArrayView4<'_, T> {
+    let shape = (batch, rows.nrows() / batch.max(1), n_heads, rows.ncols() / n_heads);
+    let rows = rows.view().into_shape_with_order(shape).expect("made by a product: contiguous");
+    rows.permuted_axes([0, 2, 1, 3])
+}
+
+/// [B, H, T, width] laid out token by token, as [B T, H width].
+pub(in crate::model) fn rows<T>(array: Array4<T>) -> Array2<T> {
+    let array = array.permuted_axes([0, 2, 1, 3]); // [B, T, H, width]
+    let (b, t, h, width) = array.dim();
+    array.into_shape_with_order((b * t, h * width)).expect("attention lays its results out token by token")
+}
