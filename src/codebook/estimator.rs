@@ -125,14 +125,14 @@ impl Estimator {
         let of_head = |(i, d): (usize, &mut [T])| {
             let (b, h) = (i / n_heads, i % n_heads);
             let codewords = codewords.index_axis(Axis(0), h);
-            let squares = rotation::squares(codewords);
+            let lengths = rotation::lengths(codewords);
             let of_task = |(task, d): (usize, &mut [T])| {
                 let of = task * KEYS_PER_TASK..len.min((task + 1) * KEYS_PER_TASK);
                 let d = ArrayViewMut2::from_shape((of.len(), d_k), d).expect("whole rows");
                 let (keys, codes) = (keys.slice(s![b, h, of.clone(), ..]), codes.slice(s![b, h, of]));
                 // One task's rows at a time, while they are in the cache.
                 if let Estimator::Rotation(rotation) = self {
-                    return rotation::backward(rotation, keys, codes, codewords, &squares, d);
+                    return rotation::backward(rotation, keys, codes, codewords, &lengths, d);
                 }
                 let finite = all_finite(keys) && all_finite(d.view());
                 if finite {
@@ -236,7 +236,7 @@ impl Estimator {
         match self {
             Estimator::StraightThrough => {}
             Estimator::Rotation(rotation) => {
-                rotation::backward(rotation, keys, codes, codewords, &rotation::squares(codewords), d);
+                rotation::backward(rotation, keys, codes, codewords, &rotation::lengths(codewords), d);
             }
             Estimator::Directional => directional::backward(keys, codes, codewords, d),
             Estimator::None => d.fill(T::zero()),

@@ -27,9 +27,10 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 
 use crate::Scalar;
 use crate::error::Error;
-use crate::ops::matmul::prefetch_beyond;
+use crate::ops::matmul::{prefetch_far, prefetch_row};
 use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
+use crate::ops::transpose::MOST_LANES;
 
 /// Below this s a rotation gives way to a reflection.
 const LEAST_SQUARE: f64 = 1e-6;
@@ -92,29 +93,34 @@ impl RotationScale {
     }
 }
 
-/// (4) or (5) in place: `d` comes as g and leaves as d_k. `squares` are those of the codewords: [`squares`].
+/// (4) or (5) in place: `d` comes as g and leaves as d_k. `lengths` are those of the codewords: [`lengths`].
 ///
 /// Returns false if a number of keys or gradients is not finite (or a sum of their squares and products overflows); its row
 /// is then as it came. The answer costs no pass over memory.
 ///
 /// # Shapes
-/// `keys` [N, K], `codes` `[N]`, `codewords` [S, K], `squares` `[S]`, `d` [N, K], of any strides.
+/// `keys` [N, K], `codes` `[N]`, `codewords` [S, K], `lengths` `[S]`, `d` [N, K], of any strides.
 pub(super) fn backward<T: Scalar>(
     rotation: Rotation,
     keys: ArrayView2<'_, T>,
     codes: ArrayView1<'_, u32>,
     codewords: ArrayView2<'_, T>,
-    squares: &[T],
+    lengths: &[(T, T)],
     mut d: ArrayViewMut2<'_, T>,
 ) -> bool {
     let (constants, codewords) = (Constants::new(rotation), codewords.as_standard_layout());
-    let codewords = (codewords.as_slice().expect("standard layout"), squares);
+    let codewords = (codewords.as_slice().expect("standard layout"), lengths);
     let (n, width) = keys.dim();
     if width == 0 {
         return true;
     }
     if let (Some(keys), Some(codes), Some(d)) = (keys.as_slice(), codes.as_slice(), d.as_slice_mut()) {
-        return on_best_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d));
+        // Loops of known length are shorter: a tenth of the time.
+        return match width {
+            64 => on_best_simd!(simd => rotate(simd, constants, 64, (keys, codes), codewords, d)),
+            128 => on_best_simd!(simd => rotate(simd, constants, 128, (keys, codes), codewords, d)),
+            _ => on_best_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d)),
+        };
     }
     let mut finite = true;
     for start in (0..n).step_by(COPIED_ROWS) {
@@ -130,10 +136,11 @@ pub(super) fn backward<T: Scalar>(
     finite
 }
 
-/// |c|^2 `[S]` of codewords [S, K].
-pub(super) fn squares<T: Scalar>(codewords: ArrayView2<'_, T>) -> Vec<T> {
+/// |c| and 1 / |c| `[S]` of codewords [S, K].
+pub(super) fn lengths<T: Scalar>(codewords: ArrayView2<'_, T>) -> Vec<(T, T)> {
     // The order of a sum must not depend on strides.
-    codewords.as_standard_layout().outer_iter().map(|c| c.dot(&c)).collect()
+    let codewords = codewords.as_standard_layout();
+    codewords.outer_iter().map(|c| c.dot(&c).sqrt()).map(|length| (length, length.recip())).collect()
 }
 
 /// A [`Rotation`] in numbers of one type.
@@ -147,11 +154,14 @@ struct Constants<T> {
     least_square: T,
     /// Smaller squares lose digits to underflow.
     least: T,
+    /// Its root.
+    least_length: T,
 }
 
 impl<T: Scalar> Constants<T> {
     fn new(rotation: Rotation) -> Self {
         let (one, two) = (T::one(), T::one() + T::one());
+        let least = T::min_positive_value() / T::epsilon();
         Constants {
             radial: if rotation.variant == RotationVariant::Paper { two } else { one },
             most: match rotation.scale {
@@ -160,210 +170,189 @@ impl<T: Scalar> Constants<T> {
             },
             stretch: rotation.scale != RotationScale::One,
             least_square: T::from_f64(LEAST_SQUARE),
-            least: T::min_positive_value() / T::epsilon(),
+            least,
+            least_length: least.sqrt(),
         }
     }
 }
 
-/// Rows that are treated together: few, so that what one step leaves is in the first-level cache for the next.
-const ROWS: usize = 4;
-
-/// Rows that are copied at once where they do not lie one after the other; a multiple of [`ROWS`].
+/// Rows that are copied at once where they do not lie one after the other.
 const COPIED_ROWS: usize = 64;
 
-/// One number per row.
-type PerRow<T> = [T; ROWS];
+/// How many rows before its turn a codeword is asked for, which lies anywhere in the table, and a row, which the processor
+/// foresees until a page of memory ends.
+const CODES_AHEAD: usize = 4;
+const ROWS_AHEAD: usize = 16;
 
-/// [`backward`] where all rows lie one after the other; `codewords` and their squares.
+/// [`backward`] where all rows lie one after the other; `codewords` and their [`lengths`].
 ///
-/// Step by step for [`ROWS`] rows: five sums each, which bring the rows from memory; three factors each, side by side; then
-/// one pass that finds the rows in the cache. While it lasts, the next rows are on their way.
+/// Row by row: sums, which bring the row from memory; three factors; then one pass that finds the row in the cache. The sums
+/// of a row are taken before the pass of the one before, so that neither waits for the other's roots and quotients.
 #[inline(always)]
 fn rotate<S: Simd, T: Scalar>(
     simd: S,
     constants: Constants<T>,
     width: usize,
     (keys, codes): (&[T], &[u32]),
-    (codewords, squares): (&[T], &[T]),
+    (codewords, lengths): (&[T], &[(T, T)]),
     d: &mut [T],
 ) -> bool {
+    let of_row = |i: usize| i * width..(i + 1) * width;
+    let of_code = |code: u32| &codewords[of_row(code as usize)];
+    let Some(&code) = codes.first() else { return true };
     let mut finite = true;
-    let groups = keys.chunks(ROWS * width).zip(codes.chunks(ROWS)).zip(d.chunks_mut(ROWS * width));
-    for ((keys, codes), d) in groups {
-        let sums = Sums::new(simd, width, keys, codes, (codewords, squares), d);
-        let mut s = sums.square_of_sum();
-        for (i, s) in s.iter_mut().enumerate() {
-            finite &= (sums.kk[i] + sums.kg[i]).is_finite();
-            // Where little is left of 1 + u . c~, its digits are gone.
-            if *s < T::one() && i < codes.len() {
-                let (x, y) = (sums.kk[i].sqrt().recip(), sums.cc[i].sqrt().recip());
-                *s = square_of_sum(row(keys, i, width), x, row(codewords, codes[i] as usize, width), y);
-            }
+    let mut next = Sums::new(simd, &keys[of_row(0)], of_code(code), &d[of_row(0)]);
+    for (i, &code) in codes.iter().enumerate() {
+        if let Some(&code) = codes.get(i + CODES_AHEAD) {
+            prefetch_row(of_code(code));
         }
-        sums.factors(constants, width, s).apply(simd, width, keys, codes, codewords, d);
+        let sums = next;
+        if let Some(&code) = codes.get(i + 1) {
+            next = Sums::new(simd, &keys[of_row(i + 1)], of_code(code), &d[of_row(i + 1)]);
+        }
+        if i + ROWS_AHEAD < codes.len() {
+            prefetch_far(&keys[of_row(i + ROWS_AHEAD)]);
+            prefetch_far(&d[of_row(i + ROWS_AHEAD)]);
+        }
+        let (key, d) = (&keys[of_row(i)], &mut d[of_row(i)]);
+        finite &= (sums.kk + sums.kg).is_finite();
+        let codeword = of_code(code);
+        if let Some(factors) = sums.factors(constants, key, codeword, lengths[code as usize]) {
+            factors.apply(simd, key, codeword, d);
+        }
     }
     finite
 }
 
-#[inline(always)]
-fn row<T>(rows: &[T], i: usize, width: usize) -> &[T] {
-    &rows[i * width..][..width]
-}
-
 /// Sums over the elements of a key, a codeword and a gradient.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Sums<T> {
-    kk: PerRow<T>,
-    cc: PerRow<T>,
-    kc: PerRow<T>,
-    kg: PerRow<T>,
-    cg: PerRow<T>,
+    kk: T,
+    kc: T,
+    kg: T,
+    cg: T,
 }
 
 /// What rotates a row: `lambda g + key k + codeword c`.
 #[derive(Debug, Clone, Copy)]
 struct Factors<T> {
-    lambda: PerRow<T>,
-    key: PerRow<T>,
-    codeword: PerRow<T>,
+    lambda: T,
+    key: T,
+    codeword: T,
 }
 
 impl<T: Scalar> Sums<T> {
-    /// The sums of at most [`ROWS`] rows.
+    /// The sums of one row.
     #[inline(always)]
-    fn new<S: Simd>(
-        simd: S,
-        width: usize,
-        keys: &[T],
-        codes: &[u32],
-        (codewords, squares): (&[T], &[T]),
-        d: &[T],
-    ) -> Self {
+    fn new<S: Simd>(simd: S, key: &[T], codeword: &[T], g: &[T]) -> Self {
         let lanes = T::Vector::<S>::LEN;
-        let whole = width / lanes * lanes;
         let zero = T::Vector::<S>::splat(simd, T::zero());
-        let mut partial = [zero; 4 * ROWS];
-        let mut cc = [T::zero(); ROWS];
-        let rows = keys.chunks_exact(width).zip(d.chunks_exact(width)).zip(codes);
-        for (i, ((key, g), &code)) in rows.enumerate() {
-            prefetch_beyond(key, ROWS);
-            cc[i] = squares[code as usize];
-            let codeword = row(codewords, code as usize, width);
-            let (mut kk, mut kc, mut kg, mut cg) = (zero, zero, zero, zero);
-            let chunks = key.chunks_exact(lanes).zip(codeword.chunks_exact(lanes));
-            for ((k, c), g) in chunks.zip(g.chunks_exact(lanes)) {
-                let k = T::Vector::<S>::from_slice(simd, k);
-                let c = T::Vector::<S>::from_slice(simd, c);
-                let g = T::Vector::<S>::from_slice(simd, g);
-                kk = k.mul_add(k, kk);
-                kc = k.mul_add(c, kc);
-                kg = k.mul_add(g, kg);
-                cg = c.mul_add(g, cg);
-            }
-            (partial[i], partial[ROWS + i]) = (kk, kc);
-            (partial[2 * ROWS + i], partial[3 * ROWS + i]) = (kg, cg);
+        let (mut kk, mut kc, mut kg, mut cg) = (zero, zero, zero, zero);
+        let (keys, codewords, gradients) =
+            (key.chunks_exact(lanes), codeword.chunks_exact(lanes), g.chunks_exact(lanes));
+        let rest = keys.remainder().iter().zip(codewords.remainder()).zip(gradients.remainder());
+        for ((k, c), g) in keys.zip(codewords).zip(gradients) {
+            let k = T::Vector::<S>::from_slice(simd, k);
+            let c = T::Vector::<S>::from_slice(simd, c);
+            let g = T::Vector::<S>::from_slice(simd, g);
+            kk = k.mul_add(k, kk);
+            kc = k.mul_add(c, kc);
+            kg = k.mul_add(g, kg);
+            cg = c.mul_add(g, cg);
         }
-        let mut sums = [T::zero(); 4 * ROWS];
-        for (sums, partial) in sums.chunks_exact_mut(lanes).zip(partial.chunks_exact_mut(lanes)) {
-            sums_of_lanes::<S, T>(partial);
-            partial[0].store_slice(sums);
+        let [mut kk, mut kc, mut kg, mut cg] = sums_of_lanes::<S, T>([kk, kc, kg, cg]);
+        for ((&k, &c), &g) in rest {
+            kk += k * k;
+            kc += k * c;
+            kg += k * g;
+            cg += c * g;
         }
-        if whole < width {
-            let rows = keys.chunks_exact(width).zip(d.chunks_exact(width)).zip(codes);
-            for (i, ((key, g), &code)) in rows.enumerate() {
-                let codeword = row(codewords, code as usize, width);
-                for ((&k, &c), &g) in key[whole..].iter().zip(&codeword[whole..]).zip(&g[whole..]) {
-                    sums[i] += k * k;
-                    sums[ROWS + i] += k * c;
-                    sums[2 * ROWS + i] += k * g;
-                    sums[3 * ROWS + i] += c * g;
-                }
-            }
-        }
-        let [kk, kc, kg, cg] = [0, 1, 2, 3].map(|j| sums.as_chunks::<ROWS>().0[j]);
-        Sums { kk, cc, kc, kg, cg }
+        Sums { kk, kc, kg, cg }
     }
 
-    /// s = 2 (1 + u . c~).
+    /// (4) or (5); none where d_k = g.
     #[inline(always)]
-    fn square_of_sum(&self) -> PerRow<T> {
-        let mut s = self.kc;
-        for ((s, kk), cc) in s.iter_mut().zip(&self.kk).zip(&self.cc) {
-            let cosine = *s / (kk.sqrt() * cc.sqrt());
-            *s = T::one() + T::one() + cosine + cosine;
+    fn factors(
+        &self,
+        constants: Constants<T>,
+        key: &[T],
+        codeword: &[T],
+        (length, to_direction): (T, T),
+    ) -> Option<Factors<T>> {
+        let Sums { kk, kc, kg, cg } = *self;
+        let in_range = (constants.least <= kk)
+            & (constants.least_length <= length)
+            & (kk + length * length + kg + cg).is_finite();
+        if !in_range || key.len() == 1 {
+            return None;
         }
-        s
-    }
-
-    /// (4) or (5).
-    #[inline(always)]
-    fn factors(&self, constants: Constants<T>, d_k: usize, s: PerRow<T>) -> Factors<T> {
-        let zeros = [T::zero(); ROWS];
-        let mut factors = Factors { lambda: [T::one(); ROWS], key: zeros, codeword: zeros };
-        for (i, s) in s.into_iter().enumerate() {
-            let (kk, cc) = (self.kk[i], self.cc[i]);
-            // (1)
-            let (to_unit, to_direction) = (kk.sqrt().recip(), cc.sqrt().recip());
-            let ratio = cc.sqrt() * to_unit;
-            let ratio = if ratio > constants.most { constants.most } else { ratio };
-            let lambda = if constants.stretch { ratio } else { T::one() };
-            // (4)
-            let (a, b) = (self.kg[i] * to_unit, self.cg[i] * to_direction);
-            let r = (a + b + a + b) / s;
-            let opposite = s < constants.least_square;
-            let of_key = if opposite { -constants.radial * a } else { constants.radial * b - r };
-            let of_codeword = if opposite { T::zero() } else { -r };
-            let in_range = (d_k > 1)
-                & (constants.least <= kk)
-                & (constants.least <= cc)
-                & (kk + cc + self.kg[i] + self.cg[i]).is_finite();
-            factors.lambda[i] = if in_range { lambda } else { T::one() };
-            factors.key[i] = if in_range { lambda * of_key * to_unit } else { T::zero() };
-            factors.codeword[i] = if in_range { lambda * of_codeword * to_direction } else { T::zero() };
+        // (1)
+        let to_unit = kk.sqrt().recip();
+        let ratio = length * to_unit;
+        let ratio = if ratio > constants.most { constants.most } else { ratio };
+        let lambda = if constants.stretch { ratio } else { T::one() };
+        // (4)
+        let (a, b) = (kg * to_unit, cg * to_direction);
+        let cosine = kc * to_unit * to_direction;
+        let mut s = T::one() + T::one() + cosine + cosine;
+        if s < T::one() {
+            // Little is left of 1 + u . c~: its digits are gone.
+            s = square_of_sum(key, to_unit, codeword, to_direction);
+            if s < constants.least_square {
+                let key = -lambda * constants.radial * a * to_unit;
+                return Some(Factors { lambda, key, codeword: T::zero() });
+            }
         }
-        factors
+        let r = (a + b + a + b) / s;
+        let key = lambda * (constants.radial * b - r) * to_unit;
+        Some(Factors { lambda, key, codeword: -lambda * r * to_direction })
     }
 }
 
 impl<T: Scalar> Factors<T> {
     #[inline(always)]
-    fn apply<S: Simd>(&self, simd: S, width: usize, keys: &[T], codes: &[u32], codewords: &[T], d: &mut [T]) {
+    fn apply<S: Simd>(self, simd: S, key: &[T], codeword: &[T], d: &mut [T]) {
         let lanes = T::Vector::<S>::LEN;
-        let whole = width / lanes * lanes;
-        let rows = keys.chunks_exact(width).zip(d.chunks_exact_mut(width)).zip(codes);
-        for (i, ((key, d), &code)) in rows.enumerate() {
-            let codeword = row(codewords, code as usize, width);
-            prefetch_beyond(d, ROWS);
-            let (lambda, of_key, of_codeword) = (self.lambda[i], self.key[i], self.codeword[i]);
-            let chunks = d.chunks_exact_mut(lanes).zip(key.chunks_exact(lanes));
-            for ((d, k), c) in chunks.zip(codeword.chunks_exact(lanes)) {
-                let k = T::Vector::<S>::from_slice(simd, k);
-                let c = T::Vector::<S>::from_slice(simd, c);
-                let g = T::Vector::<S>::from_slice(simd, d);
-                let turned = T::Vector::<S>::splat(simd, of_key).mul_add(k, g * lambda);
-                T::Vector::<S>::splat(simd, of_codeword).mul_add(c, turned).store_slice(d);
-            }
-            let rest = d[whole..].iter_mut().zip(&key[whole..]);
-            for ((d, &k), &c) in rest.zip(&codeword[whole..]) {
-                *d = lambda * *d + of_key * k + of_codeword * c;
-            }
+        let whole = d.len() / lanes * lanes;
+        let (of_key, of_codeword) =
+            (T::Vector::<S>::splat(simd, self.key), T::Vector::<S>::splat(simd, self.codeword));
+        let chunks = d.chunks_exact_mut(lanes).zip(key.chunks_exact(lanes));
+        for ((d, k), c) in chunks.zip(codeword.chunks_exact(lanes)) {
+            let k = T::Vector::<S>::from_slice(simd, k);
+            let c = T::Vector::<S>::from_slice(simd, c);
+            let g = T::Vector::<S>::from_slice(simd, d);
+            of_codeword.mul_add(c, of_key.mul_add(k, g * self.lambda)).store_slice(d);
+        }
+        for ((d, &k), &c) in d[whole..].iter_mut().zip(&key[whole..]).zip(&codeword[whole..]) {
+            *d = self.lambda * *d + self.key * k + self.codeword * c;
         }
     }
 }
 
-/// The first of as many vectors as a register has lanes <- the sums of all lanes of each.
+/// The sums of all lanes of each.
 ///
 /// Two vectors, interleaved, add up to one that holds both in half as many lanes.
 #[inline(always)]
-fn sums_of_lanes<S: Simd, T: Scalar>(vectors: &mut [T::Vector<S>]) {
-    let mut half = vectors.len() / 2;
-    while half > 0 {
-        for i in 0..half {
-            let (low, high) = vectors[i].interleave(vectors[i + half]);
-            vectors[i] = low + high;
-        }
-        half /= 2;
+fn sums_of_lanes<S: Simd, T: Scalar>([a, b, c, d]: [T::Vector<S>; 4]) -> [T; 4] {
+    let add = |x: T::Vector<S>, y: T::Vector<S>| {
+        let (low, high) = x.interleave(y);
+        low + high
+    };
+    let len = T::Vector::<S>::LEN;
+    let mut lanes = [T::zero(); MOST_LANES];
+    if len == 2 {
+        add(a, b).store_slice(&mut lanes[..2]);
+        add(c, d).store_slice(&mut lanes[2..4]);
+        return [0, 1, 2, 3].map(|i| lanes[i]);
     }
+    let mut all = add(add(a, c), add(b, d));
+    let mut each = 1;
+    while each < len / 4 {
+        all = add(all, all);
+        each *= 2;
+    }
+    all.store_slice(&mut lanes[..len]);
+    [0, 1, 2, 3].map(|i| lanes[i * each])
 }
 
 /// The sum of `(x k_i + y c_i)^2`: s of (4).

@@ -25,6 +25,7 @@ use rayon::prelude::*;
 use super::{check_codes, check_mask};
 use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
+use crate::ops::matmul::prefetch_far;
 use crate::ops::rows::all_finite;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
@@ -222,6 +223,9 @@ pub(super) fn add_rows_by_code<T: Scalar>(
     on_best_simd!(add_rows(rows, codes, mask, sums));
 }
 
+/// How many rows before its turn a row is asked for: sums leave the processor little time to look ahead by itself.
+const ROWS_AHEAD: usize = 24;
+
 #[inline(always)]
 fn add_rows<T: Scalar>(
     rows: ArrayView2<'_, T>,
@@ -229,7 +233,11 @@ fn add_rows<T: Scalar>(
     mask: Option<ArrayView1<'_, bool>>,
     mut sums: ArrayViewMut2<'_, T>,
 ) {
+    let mut later = rows.outer_iter().skip(ROWS_AHEAD);
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
+        if let Some(later) = later.next().and_then(|later| later.to_slice()) {
+            prefetch_far(later);
+        }
         if mask.is_some_and(|mask| !mask[j]) {
             continue;
         }

@@ -23,7 +23,7 @@ mod vector;
 mod weights;
 
 pub(crate) use packed::PackedRows;
-pub(crate) use prefetch::{prefetch, prefetch_beyond};
+pub(crate) use prefetch::{prefetch, prefetch_far, prefetch_row};
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;
 

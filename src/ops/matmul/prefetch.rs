@@ -26,13 +26,18 @@ pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
     }
 }
 
-/// Asks for what lies `rows` rows of this length after a row, be it there or not.
+/// Asks for a row.
 #[inline(always)]
-pub(crate) fn prefetch_beyond<T: Scalar>(row: &[T], rows: usize) {
-    let beyond = row.as_ptr().wrapping_add(rows * row.len()).cast::<u8>();
-    for line in (0..size_of_val(row)).step_by(LINE) {
-        ask(beyond.wrapping_add(line));
-    }
+pub(crate) fn prefetch_row<T>(row: &[T]) {
+    let bytes = row.as_ptr().cast::<u8>();
+    (0..size_of_val(row)).step_by(LINE).for_each(|line| ask(bytes.wrapping_add(line)));
+}
+
+/// As [`prefetch_row`], for a row whose turn comes so late that the second-level cache is near enough.
+#[inline(always)]
+pub(crate) fn prefetch_far<T>(row: &[T]) {
+    let bytes = row.as_ptr().cast::<u8>();
+    (0..size_of_val(row)).step_by(LINE).for_each(|line| ask_second_level(bytes.wrapping_add(line)));
 }
 
 /// Asks for a cache line; the address need not be valid.
@@ -47,3 +52,16 @@ pub(super) fn ask(address: *const u8) {
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
 pub(super) fn ask(_: *const u8) {}
+
+/// As [`ask`], into the second-level cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask_second_level(address: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: as above.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn ask_second_level(_: *const u8) {}
