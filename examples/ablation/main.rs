@@ -4,7 +4,7 @@
 //! cache and without it, with windows and blocks of several lengths, and prints a table: bits per byte on the held-out tenth of
 //! the text, read as one stream; bytes per second of training and of reading; perplexity of the codes. The unchanged model and
 //! the one without the cache are trained from three seeds. The table (`table.md`) and a picture (`ablation.svg`) go into
-//! `--out`. About eight minutes on two cores.
+//! `--out`. About ten minutes on two cores.
 //!
 //! ```sh
 //! cargo run --release --example ablation
@@ -49,7 +49,7 @@ struct Args {
     data: Option<PathBuf>,
 
     /// Steps of training, 2,048 bytes each
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
     /// Seeds of weights and batches; all but the first for the comparison of the cache alone

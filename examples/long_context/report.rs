@@ -52,7 +52,7 @@ fn kept(outcomes: &[Outcome]) -> String {
 /// Edges of the stretches that bits are averaged over: four for a factor of ten.
 fn edges(len: usize) -> Vec<usize> {
     let edges = (0..).map(|i| (1000.0 * 10f64.powf(f64::from(i) / 4.0)).round() as usize);
-    let mut edges = Vec::from_iter(edges.take_while(|&edge| edge < len));
+    let mut edges = Vec::from_iter(edges.take_while(|&edge| edge < len - len / 20));
     edges.insert(0, 0);
     edges.push(len);
     edges
@@ -92,7 +92,7 @@ fn by_position(outcomes: &[Outcome]) -> String {
 
 fn places(streamed: &Streamed) -> String {
     let mut table =
-        "| at byte | µs for a byte by itself | bytes/s in pieces of 1,000 | state, bytes | process, MB |\n\
+        "| at byte | µs for a byte by itself | bytes/s in pieces of 250 | state, bytes | process, MB |\n\
                      |---:|---:|---:|---:|---:|\n"
             .to_string();
     for place in &streamed.places {
@@ -108,9 +108,9 @@ fn places(streamed: &Streamed) -> String {
 fn draw(outcomes: &[Outcome]) -> Result<String, Box<dyn Error>> {
     let edges = edges(len(outcomes));
     let mut svg = String::new();
-    let area = SVGBackend::with_string(&mut svg, (800, 960)).into_drawing_area();
+    let area = SVGBackend::with_string(&mut svg, (800, 1280)).into_drawing_area();
     area.fill(&WHITE)?;
-    let parts = area.split_evenly((3, 1));
+    let parts = area.split_evenly((4, 1));
     let log = |position: usize| (position as f64).log10();
     let x = 3.0..log(len(outcomes)).max(3.5);
     let curves = |points: &dyn Fn(Cache) -> Vec<(f64, f64)>| {
@@ -132,6 +132,11 @@ fn draw(outcomes: &[Outcome]) -> Result<String, Box<dyn Error>> {
         });
         all.collect()
     });
+    // Of one seed: the others run beside it.
+    let times = curves(&|streamed| {
+        let places = &streamed(&outcomes[0]).places;
+        places.iter().map(|place| (log(place.position), place.single)).collect()
+    });
     let highest = |curves: &[Curve]| {
         let all = curves.iter().flat_map(|curve| &curve.points).map(|point| point.1);
         1.1 * all.filter(|y| y.is_finite()).fold(0.1, f64::max)
@@ -140,6 +145,7 @@ fn draw(outcomes: &[Outcome]) -> Result<String, Box<dyn Error>> {
         (&parts[0], "Bits per byte", "position, log10 of bytes", &bits, highest(&bits)),
         (&parts[1], "Bits per answer", "position, log10 of bytes", &answers, highest(&answers)),
         (&parts[2], "Facts from the beginning known, percent", "distance, log10 of bytes", &kept, 105.0),
+        (&parts[3], "Microseconds for a byte by itself", "position, log10 of bytes", &times, highest(&times)),
     ] {
         let chart = Chart { title, x: x.clone(), x_desc, y: 0.0..top, y_label: &number };
         chart.draw(part, curves)?;

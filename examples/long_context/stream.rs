@@ -19,7 +19,7 @@ use crate::text::{N_NAMES, Role, Text, Written};
 /// Facts told at the beginning that are asked about at each distance.
 pub const KEPT_PER_PLACE: usize = 12;
 /// Bytes that are read at once.
-const PIECE: usize = 1000;
+const PIECE: usize = 250;
 /// Bytes that are read one by one at each of so many places.
 const SINGLE: usize = 200;
 const N_PLACES: usize = 10;

@@ -1,20 +1,20 @@
 //! A text without end, about names and their digits.
 //!
 //! ```text
-//! 7Q          a fact: the digit of Q is 7. The first time that Q comes up
-//! ?Q7Q        a question about Q, its answer, and the fact again. Every other time
+//! Q7Q         the digit of Q is 7; again each time that Q comes up
 //! ```
 //!
-//! A space stands after each. Which name comes up is drawn anew each time, some often, some seldom; digits are drawn once per
-//! text. So a question can be answered from the text before it and from nothing else, and the further a text gets, the less of it
-//! is new. A name is one byte, and so is a digit.
+//! Lines follow each other without a pause. Which name comes up is drawn anew each time, some often, some seldom; digits are drawn once
+//! per text. So a digit can be known where its name has come up before, from the text and from nothing else, and the further a text
+//! gets, the less of it is new. A name is one byte, and so is a digit: the first Q asks, the second one, which has seen its digit,
+//! is what is found when Q comes up again.
 
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 /// Names that there are.
-pub const N_NAMES: usize = 116;
+pub const N_NAMES: usize = 84;
 const N_DIGITS: u8 = 10;
 
 /// A text, written line by line.
@@ -32,7 +32,7 @@ pub struct Text {
 /// What a byte of a text is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Role {
-    /// The digit after a question.
+    /// The digit of a name that has come up before.
     Answer,
     Other,
 }
@@ -47,7 +47,7 @@ pub struct Written {
 impl Text {
     /// A text about `n_names` names at random, drawn with probabilities that fall as rank^-`power`; and the other names.
     pub fn new(n_names: usize, power: f64, mut rng: ChaCha8Rng) -> (Self, Vec<u8>) {
-        let mut names = Vec::from_iter((b'A'..=b'Z').chain(b'a'..=b'z').chain(0xc0..=0xff));
+        let mut names = Vec::from_iter((b'A'..=b'Z').chain(b'a'..=b'z').chain(0xc0..=0xdf));
         debug_assert_eq!(names.len(), N_NAMES);
         names.shuffle(&mut rng);
         let others = names.split_off(n_names);
@@ -70,15 +70,11 @@ impl Text {
     /// Writes a line about this name.
     pub fn about(&mut self, name: u8, out: &mut Written) {
         let digit = self.digits[usize::from(name)];
-        if std::mem::replace(&mut self.mentioned[usize::from(name)], true) {
-            out.push(b"?");
-            out.push(&[name]);
-            out.bytes.push(digit);
-            out.roles.push(Role::Answer);
-            out.push(&[name, b' ']);
-        } else {
-            out.push(&[digit, name, b' ']);
-        }
+        out.push(&[name]);
+        out.bytes.push(digit);
+        let known = std::mem::replace(&mut self.mentioned[usize::from(name)], true);
+        out.roles.push(if known { Role::Answer } else { Role::Other });
+        out.push(&[name]);
     }
 }
 

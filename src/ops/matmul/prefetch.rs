@@ -11,17 +11,22 @@ use crate::ops::simd::LINE;
 /// Asks for these rows, if their elements lie side by side.
 #[inline]
 pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
-    let (n, width) = rows.dim();
-    if n == 0 || width == 0 || rows.strides()[1] != 1 {
-        return;
+    if rows.is_standard_layout() {
+        lines(rows, ask);
+    } else if rows.strides()[1] == 1 {
+        // Apart from each other they come slowly, and many: the first-level cache has no room for them so early.
+        lines(rows, ask_second_level);
     }
-    let bytes = width * size_of::<T>();
+}
+
+/// What to do with each cache line of rows whose elements lie side by side.
+#[inline(always)]
+fn lines<T: Scalar>(rows: ArrayView2<'_, T>, ask: impl Fn(*const u8)) {
+    let (n, width) = rows.dim();
     let stride = rows.strides()[0] * size_of::<T>() as isize;
     let mut row = rows.as_ptr().cast::<u8>();
     for _ in 0..n {
-        for line in (0..bytes).step_by(LINE) {
-            ask(row.wrapping_add(line));
-        }
+        (0..width * size_of::<T>()).step_by(LINE).for_each(|line| ask(row.wrapping_add(line)));
         row = row.wrapping_offset(stride);
     }
 }
