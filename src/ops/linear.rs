@@ -52,9 +52,9 @@ pub fn backward<T: Scalar>(
     d_w: ArrayViewMut2<'_, T>,
     d_bias: Option<ArrayViewMut1<'_, T>>,
 ) -> Result<Array2<T>, Error> {
-    let mut d_x = rows::zeros("d_x", x.dim())?;
-    add_backward(x, w, d_y, d_w, d_bias, d_x.view_mut())?;
-    Ok(d_x)
+    checked_len("d_x", x.shape())?;
+    backward_weights(x, w, d_y, d_w, d_bias)?;
+    Ok(matmul::parallel_product(d_y, w.t()))
 }
 
 /// As [`backward`], with `d_x` added to as well: for an `x` that feeds several maps.
@@ -72,10 +72,23 @@ pub fn add_backward<T: Scalar>(
     d_bias: Option<ArrayViewMut1<'_, T>>,
     d_x: ArrayViewMut2<'_, T>,
 ) -> Result<(), Error> {
+    check_shape("d_x", x.shape(), d_x.shape())?;
+    backward_weights(x, w, d_y, d_w, d_bias)?;
+    matmul::parallel_add_product(d_y, w.t(), d_x);
+    Ok(())
+}
+
+/// (2) but for d_x.
+fn backward_weights<T: Scalar>(
+    x: ArrayView2<'_, T>,
+    w: ArrayView2<'_, T>,
+    d_y: ArrayView2<'_, T>,
+    d_w: ArrayViewMut2<'_, T>,
+    d_bias: Option<ArrayViewMut1<'_, T>>,
+) -> Result<(), Error> {
     check_shape("w", &[x.ncols(), w.ncols()], w.shape())?;
     check_shape("d_y", &[x.nrows(), w.ncols()], d_y.shape())?;
     check_shape("d_w", w.shape(), d_w.shape())?;
-    check_shape("d_x", x.shape(), d_x.shape())?;
     if let Some(d_bias) = d_bias {
         check_shape("d_bias", &[w.ncols()], d_bias.shape())?;
         rows::add_up([d_y], [d_bias], |[d_y], [d_bias]| {
@@ -83,7 +96,6 @@ pub fn add_backward<T: Scalar>(
         });
     }
     matmul::parallel_add_product(x.t(), d_y, d_w);
-    matmul::parallel_add_product(d_y, w.t(), d_x);
     Ok(())
 }
 

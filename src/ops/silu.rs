@@ -15,7 +15,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::rows;
 use super::simd::{fused, on_best_simd};
-use crate::error::check_shape;
+use crate::error::{check_shape, checked_len};
 use crate::{Error, Scalar};
 
 /// y = silu(fused, x), formula (1). Relative error at most 7e-7 (`f32`) or 2e-15 (`f64`) for x above -87 (-708).
@@ -47,20 +47,21 @@ fn forward_row<T: Scalar>(fused: bool, x: &[T], y: &mut [T]) {
 /// `Shape` if `d_y` is not shaped as `x`.
 pub fn backward<T: Scalar>(x: ArrayView2<'_, T>, d_y: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("d_y", x.shape(), d_y.shape())?;
-    let mut d_x = rows::zeros("d_x", x.dim())?;
-    rows::map(
-        x.dim(),
-        [x, d_y],
-        [&mut d_x],
-        |_, [x, d_y], [d_x]| on_best_simd!(simd => backward_row(fused(simd), x, d_y, d_x)),
-    );
+    checked_len("d_x", x.shape())?;
+    let mut d_x = d_y.as_standard_layout().into_owned();
+    backward_in_place(x, &mut d_x);
     Ok(d_x)
 }
 
+/// As [`backward`], on shapes that fit: `d` comes as d_y, in standard layout, and leaves as d_x.
+pub(crate) fn backward_in_place<T: Scalar>(x: ArrayView2<'_, T>, d: &mut Array2<T>) {
+    rows::map(x.dim(), [x], [d], |_, [x], [d]| on_best_simd!(simd => backward_row(fused(simd), x, d)));
+}
+
 #[inline(always)]
-fn backward_row<T: Scalar>(fused: bool, x: &[T], d_y: &[T], d_x: &mut [T]) {
-    for ((&x, &d_y), d_x) in x.iter().zip(d_y).zip(d_x) {
-        *d_x = d_y * derivative(fused, x); // (3)
+fn backward_row<T: Scalar>(fused: bool, x: &[T], d: &mut [T]) {
+    for (&x, d) in x.iter().zip(d) {
+        *d *= derivative(fused, x); // (3)
     }
 }
 
@@ -74,13 +75,13 @@ fn backward_row<T: Scalar>(fused: bool, x: &[T], d_y: &[T], d_x: &mut [T]) {
 pub fn gate<T: Scalar>(o: ArrayView2<'_, T>, g: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("g", o.shape(), g.shape())?;
     let mut y = rows::zeros("y", o.dim())?;
-    rows::map(
-        o.dim(),
-        [o, g],
-        [&mut y],
-        |_, [o, g], [y]| on_best_simd!(simd => gate_row(fused(simd), o, g, y)),
-    );
+    gate_into(o, g, &mut y);
     Ok(y)
+}
+
+/// As [`gate`], on shapes that fit, into an array in standard layout.
+pub(crate) fn gate_into<T: Scalar>(o: ArrayView2<'_, T>, g: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    rows::map(o.dim(), [o, g], [y], |_, [o, g], [y]| on_best_simd!(simd => gate_row(fused(simd), o, g, y)));
 }
 
 #[inline(always)]
@@ -104,21 +105,33 @@ pub fn gate_backward<T: Scalar>(
 ) -> Result<(Array2<T>, Array2<T>), Error> {
     check_shape("g", o.shape(), g.shape())?;
     check_shape("d_y", o.shape(), d_y.shape())?;
-    let (mut d_o, mut d_g) = (rows::zeros("d_o", o.dim())?, rows::zeros("d_g", o.dim())?);
-    rows::map(
-        o.dim(),
-        [o, g, d_y],
-        [&mut d_o, &mut d_g],
-        |_, [o, g, d_y], [d_o, d_g]| on_best_simd!(simd => gate_backward_row(fused(simd), o, g, d_y, d_o, d_g)),
-    );
+    let mut d_o = rows::zeros("d_o", o.dim())?;
+    let mut d_g = d_y.as_standard_layout().into_owned();
+    gate_backward_in_place(o, g, &mut d_g, &mut d_o);
     Ok((d_o, d_g))
 }
 
+/// As [`gate_backward`], on shapes that fit, arrays in standard layout: `d` comes as d_y and leaves as d_g.
+pub(crate) fn gate_backward_in_place<T: Scalar>(
+    o: ArrayView2<'_, T>,
+    g: ArrayView2<'_, T>,
+    d: &mut Array2<T>,
+    d_o: &mut Array2<T>,
+) {
+    rows::map(
+        o.dim(),
+        [o, g],
+        [d, d_o],
+        |_, [o, g], [d, d_o]| on_best_simd!(simd => gate_backward_row(fused(simd), o, g, d, d_o)),
+    );
+}
+
 #[inline(always)]
-fn gate_backward_row<T: Scalar>(fused: bool, o: &[T], g: &[T], d_y: &[T], d_o: &mut [T], d_g: &mut [T]) {
-    for ((((&o, &g), &d_y), d_o), d_g) in o.iter().zip(g).zip(d_y).zip(d_o).zip(d_g) {
+fn gate_backward_row<T: Scalar>(fused: bool, o: &[T], g: &[T], d: &mut [T], d_o: &mut [T]) {
+    for (((&o, &g), d), d_o) in o.iter().zip(g).zip(d).zip(d_o) {
+        let d_y = *d;
         *d_o = d_y * silu(fused, g); // (2)
-        *d_g = d_y * o * derivative(fused, g); // (3)
+        *d = d_y * o * derivative(fused, g); // (3)
     }
 }
 

@@ -55,7 +55,7 @@ impl<T: Scalar> Unit<'_, T> {
         let (output, attention) = self.config.attention.forward(&inputs, self.codebook)?; // (3)
         let report = EncoderUnitReport { stats: output.stats, commit_loss: output.commit_loss };
         let out = rows(output.out);
-        let mut y = projections.branch(&out, &projected)? + &x; // (4)
+        let mut y = projections.branch(&out, &projected, activated)? + &x; // (4)
         let mut saved = Saved { x, projected, out, attention, feed_forward: None };
         if let Some(parameters) = &self.parameters.feed_forward {
             let (branch, of_branch) = feed_forward::forward(parameters, y, None)?;

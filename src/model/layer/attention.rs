@@ -49,7 +49,7 @@ impl<T: Scalar> Layer<'_, T> {
             report.keys = Some(inputs.k.to_owned());
         }
         let out = rows(out);
-        let branch = projections.branch(&out, &projected)?; // (5)
+        let branch = projections.branch(&out, &projected, activated)?; // (5)
         Ok((branch, report, Saved { x, projected, out, core }))
     }
 
@@ -64,7 +64,7 @@ impl<T: Scalar> Layer<'_, T> {
         let activated = projections.activate(&projected)?;
         let inputs = self.attention_inputs(&projected, &activated, states.dim().0, None);
         let (out, report) = self.attend_heads_to_infer(&inputs, states);
-        Ok((projections.branch(&rows(out), &projected)?, report))
+        Ok((projections.branch(&rows(out), &projected, activated)?, report))
     }
 
     /// The keys [B, Hk, T, K] of `x` [B T, D].

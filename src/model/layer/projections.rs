@@ -118,9 +118,21 @@ impl<T: Scalar> Projections<'_, T> {
         Ok(per_head(&k, batch, self.key_heads).to_owned())
     }
 
-    /// (3), of `out` [B T, H V].
-    pub fn branch(&self, out: &Array2<T>, projected: &Projected<T>) -> Result<Array2<T>, Error> {
-        let gated = projected.gate.as_ref().map(|gate| silu::gate(out.view(), gate.view())).transpose()?;
+    /// (3), of `out` [B T, H V]. What was `activated` is needed no more: its values make room.
+    pub fn branch(
+        &self,
+        out: &Array2<T>,
+        projected: &Projected<T>,
+        activated: Activated<T>,
+    ) -> Result<Array2<T>, Error> {
+        let gated = match (&projected.gate, activated.v) {
+            (Some(gate), Some(mut v)) if v.dim() == out.dim() => {
+                silu::gate_into(out.view(), gate.view(), &mut v);
+                Some(v)
+            }
+            (Some(gate), _) => Some(silu::gate(out.view(), gate.view())?),
+            (None, _) => None,
+        };
         let gated = gated.as_ref().unwrap_or(out);
         match self.prepared.and_then(|prepared| prepared.packed_for(gated)) {
             Some(packed) => Ok(packed.output.product(gated.view())),
@@ -140,9 +152,10 @@ impl<T: Scalar> Projections<'_, T> {
         let Some(gate) = &projected.gate else {
             return Ok((linear::backward(out.view(), w, d_branch.view(), d_w, None)?, None));
         };
-        let gated = silu::gate(out.view(), gate.view())?;
-        let d_gated = linear::backward(gated.view(), w, d_branch.view(), d_w, None)?;
-        let (d_out, d_gate) = silu::gate_backward(out.view(), gate.view(), d_gated.view())?;
+        let mut gated = silu::gate(out.view(), gate.view())?;
+        let mut d = linear::backward(gated.view(), w, d_branch.view(), d_w, None)?;
+        silu::gate_backward_in_place(out.view(), gate.view(), &mut d, &mut gated);
+        let (d_out, d_gate) = (gated, d);
         Ok((d_out, Some(d_gate)))
     }
 
@@ -161,7 +174,7 @@ impl<T: Scalar> Projections<'_, T> {
         let d_q = rms_norm::backward(q, &activated.q_norm, self.n_heads, self.scale, d_q.view())?;
         let d_k = rms_norm::backward(k, &activated.k_norm, self.key_heads, self.scale, d_k.view())?;
         if activated.v.is_some() {
-            d_v = silu::backward(projected.v.view(), d_v.view())?;
+            silu::backward_in_place(projected.v.view(), &mut d_v);
         }
         let x_norm = self.normalize(x)?.0;
         let (w_q, d_w_q) = (self.w_q.view(), d.w_q.view_mut());
