@@ -225,7 +225,7 @@ fn rotate<S: Simd, T: Scalar>(
 }
 
 /// Sums over the elements of a key, a codeword and a gradient.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Sums<T> {
     kk: T,
     kc: T,
