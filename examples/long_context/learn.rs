@@ -12,6 +12,7 @@
 //! from texts of 2,048 bytes.
 
 use std::f64::consts::LN_2;
+use std::ops::Range;
 
 use indicatif::ProgressBar;
 use rand::{RngExt, SeedableRng};
@@ -101,7 +102,7 @@ pub fn train(config: ModelConfig, steps: u64, seed: u64, bar: &ProgressBar) -> R
 fn learn(
     trainer: &mut Trainer,
     texts: &[Vec<u8>],
-    bytes: std::ops::Range<usize>,
+    bytes: Range<usize>,
     state: &mut ModelState<f32>,
     one_projection: bool,
     factor: f64,
