@@ -2,7 +2,7 @@
 //!
 //! Trains one small language model on the same batches for the same number of steps with 64 to 1,024 codes, with the compressive
 //! cache and without it, with windows and blocks of several lengths, and prints a table: bits per byte on the held-out tenth of
-//! the text, read as one stream; bytes per second of training and of reading; perplexity of the codes. The unchanged model and
+//! the text, read as one stream; bytes per second of training and of reading; attention on cached codes. The unchanged model and
 //! the one without the cache are trained from three seeds. The table (`table.md`) and a picture (`ablation.svg`) go into
 //! `--out`. About ten minutes on two cores.
 //!

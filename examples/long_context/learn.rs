@@ -3,7 +3,7 @@
 //! Every sequence has its own facts. Each step learns from two batches, one after the other:
 //!
 //! ```text
-//! near   64 sequences of 64 bytes about few names: question and fact share a block, where gradients reach keys
+//! near   64 sequences of 64 bytes about few names: a name and its fact share a block, where gradients reach keys
 //! far    4 sequences of 1,024 bytes about many, from an empty state; every second time, how they go on, after a longer past
 //! ```
 //!

@@ -3,7 +3,7 @@
 //! A model of two units learns, from texts of 2,048 bytes, to complete facts that the same text has told before (see `text.rs`).
 //! Then it reads one text of a million bytes as a stream, with the compressive cache and without it: how well it predicts as the
 //! text gets longer, how long a byte takes, how large its state is, and whether facts told in the first bytes, and never
-//! mentioned since, are known a thousand to a million bytes later. Three seeds.
+//! mentioned since, are known ten thousand to a million bytes later. Three seeds.
 //!
 //! Prints tables, and writes them (`table.md`) and a picture (`long_context.svg`) into `--out`. About eight minutes on two cores;
 //! all but the times depends on seeds and steps alone.

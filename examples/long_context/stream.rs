@@ -29,7 +29,7 @@ const N_PLACES: usize = 10;
 pub struct Streamed {
     /// Of every piece: position of its end, bits per byte.
     pub bits: Vec<(usize, f64)>,
-    /// Of answers to ordinary questions: position, bits.
+    /// Of digits of names that come up again and again: position, bits.
     pub answers: Vec<(usize, f64)>,
     /// Of each distance: how many of the kept facts were answered with a probability above one half, and mean bits.
     pub kept: Vec<Kept>,
