@@ -27,9 +27,9 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 
 use crate::Scalar;
 use crate::error::Error;
-use crate::ops::matmul::{prefetch_far, prefetch_row};
+use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
 use crate::ops::rows::{SUMS, sum_of_lanes};
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{LINE, on_narrow_simd};
 use crate::ops::transpose::MOST_LANES;
 
 /// Below this s a rotation gives way to a reflection.
@@ -117,9 +117,9 @@ pub(super) fn backward<T: Scalar>(
     if let (Some(keys), Some(codes), Some(d)) = (keys.as_slice(), codes.as_slice(), d.as_slice_mut()) {
         // Loops of known length are shorter: a tenth of the time.
         return match width {
-            64 => on_best_simd!(simd => rotate(simd, constants, 64, (keys, codes), codewords, d)),
-            128 => on_best_simd!(simd => rotate(simd, constants, 128, (keys, codes), codewords, d)),
-            _ => on_best_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d)),
+            64 => on_narrow_simd!(simd => rotate(simd, constants, 64, (keys, codes), codewords, d)),
+            128 => on_narrow_simd!(simd => rotate(simd, constants, 128, (keys, codes), codewords, d)),
+            _ => on_narrow_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d)),
         };
     }
     let mut finite = true;
@@ -130,7 +130,8 @@ pub(super) fn backward<T: Scalar>(
         let codes: Vec<u32> = codes.iter().skip(start).take(COPIED_ROWS).copied().collect();
         let (keys, in_order) = (keys.as_slice().expect("standard layout"), copy.as_slice_mut());
         let in_order = in_order.expect("standard layout");
-        finite &= on_best_simd!(simd => rotate(simd, constants, width, (keys, &codes), codewords, in_order));
+        finite &=
+            on_narrow_simd!(simd => rotate(simd, constants, width, (keys, &codes), codewords, in_order));
         d.assign(&copy);
     }
     finite
@@ -184,10 +185,14 @@ const COPIED_ROWS: usize = 64;
 const CODES_AHEAD: usize = 4;
 const ROWS_AHEAD: usize = 16;
 
+/// Rows whose pages are asked for at once.
+const ROWS_OF_PAGES: usize = 128;
+
 /// [`backward`] where all rows lie one after the other; `codewords` and their [`lengths`].
 ///
-/// Row by row: sums, which bring the row from memory; three factors; then one pass that finds the row in the cache. The sums
-/// of a row are taken before the pass of the one before, so that neither waits for the other's roots and quotients.
+/// Row by row: sums, which bring the row from memory; three factors; then one pass that finds the row in the cache, and asks
+/// for later rows meanwhile, line by line. While a row has its pass, the next one has its factors and the one after its sums:
+/// none waits for roots and quotients of another.
 #[inline(always)]
 fn rotate<S: Simd, T: Scalar>(
     simd: S,
@@ -199,29 +204,69 @@ fn rotate<S: Simd, T: Scalar>(
 ) -> bool {
     let of_row = |i: usize| i * width..(i + 1) * width;
     let of_code = |code: u32| &codewords[of_row(code as usize)];
-    let Some(&code) = codes.first() else { return true };
+    // Past the last row, that one again: what comes of it is not used.
+    let at = |i: usize| i.min(codes.len() - 1);
+    if codes.is_empty() {
+        return true;
+    }
     let mut finite = true;
-    let mut next = Sums::new(simd, &keys[of_row(0)], of_code(code), &d[of_row(0)]);
+    let mut sums = Sums::new(simd, &keys[of_row(0)], of_code(codes[0]), &d[of_row(0)]);
+    finite &= (sums.kk + sums.kg).is_finite();
+    let mut factors =
+        sums.factors(constants, &keys[of_row(0)], of_code(codes[0]), lengths[codes[0] as usize]);
+    let next = at(1);
+    sums = Sums::new(simd, &keys[of_row(next)], of_code(codes[next]), &d[of_row(next)]);
     for (i, &code) in codes.iter().enumerate() {
-        if let Some(&code) = codes.get(i + CODES_AHEAD) {
-            prefetch_row(of_code(code));
+        let (sums_of_next, factors_of_this) = (sums, factors);
+        if i % ROWS_OF_PAGES == 0 {
+            let first = (i + ROWS_AHEAD) * width;
+            let bytes = ROWS_OF_PAGES * width * size_of::<T>();
+            ask_for_pages(address_of(keys, first), bytes);
+            ask_for_pages(address_of(d, first), bytes);
         }
-        let sums = next;
-        if let Some(&code) = codes.get(i + 1) {
-            next = Sums::new(simd, &keys[of_row(i + 1)], of_code(code), &d[of_row(i + 1)]);
+        let (next, after) = (at(i + 1), at(i + 2));
+        if i + 2 < codes.len() {
+            sums = Sums::new(simd, &keys[of_row(after)], of_code(codes[after]), &d[of_row(after)]);
         }
-        if i + ROWS_AHEAD < codes.len() {
-            prefetch_far(&keys[of_row(i + ROWS_AHEAD)]);
-            prefetch_far(&d[of_row(i + ROWS_AHEAD)]);
+        if i + 1 < codes.len() {
+            let (key, code) = (&keys[of_row(next)], codes[next]);
+            finite &= (sums_of_next.kk + sums_of_next.kg).is_finite();
+            factors = sums_of_next.factors(constants, key, of_code(code), lengths[code as usize]);
         }
         let (key, d) = (&keys[of_row(i)], &mut d[of_row(i)]);
-        finite &= (sums.kk + sums.kg).is_finite();
-        let codeword = of_code(code);
-        if let Some(factors) = sums.factors(constants, key, codeword, lengths[code as usize]) {
-            factors.apply(simd, key, codeword, d);
+        let later = Later {
+            key: address_of(key, ROWS_AHEAD * width),
+            d: address_of(d, ROWS_AHEAD * width),
+            codeword: address_of(of_code(codes[at(i + CODES_AHEAD)]), 0),
+        };
+        if let Some(factors) = factors_of_this {
+            factors.apply(simd, key, of_code(code), d, later);
         }
     }
     finite
+}
+
+/// Where what is needed later begins: nothing is read there, and past the end of an array nothing need be.
+#[derive(Debug, Clone, Copy)]
+struct Later {
+    key: *const u8,
+    d: *const u8,
+    codeword: *const u8,
+}
+
+impl Later {
+    /// Asks for the line at this byte of each.
+    #[inline(always)]
+    fn ask(self, byte: usize) {
+        ask_second_level(self.key.wrapping_add(byte));
+        ask_second_level(self.d.wrapping_add(byte));
+        ask(self.codeword.wrapping_add(byte));
+    }
+}
+
+#[inline(always)]
+fn address_of<T>(x: &[T], index: usize) -> *const u8 {
+    x.as_ptr().wrapping_add(index).cast()
 }
 
 /// Sums over the elements of a key, a codeword and a gradient.
@@ -242,26 +287,26 @@ struct Factors<T> {
 }
 
 impl<T: Scalar> Sums<T> {
-    /// The sums of one row.
+    /// The sums of one row, those of even and of odd vectors apart: half as long to wait for.
     #[inline(always)]
     fn new<S: Simd>(simd: S, key: &[T], codeword: &[T], g: &[T]) -> Self {
         let lanes = T::Vector::<S>::LEN;
         let zero = T::Vector::<S>::splat(simd, T::zero());
-        let (mut kk, mut kc, mut kg, mut cg) = (zero, zero, zero, zero);
+        let (mut even, mut odd) = ([zero; 4], [zero; 4]);
+        let whole = key.len() / lanes * lanes;
         let (keys, codewords, gradients) =
-            (key.chunks_exact(lanes), codeword.chunks_exact(lanes), g.chunks_exact(lanes));
-        let rest = keys.remainder().iter().zip(codewords.remainder()).zip(gradients.remainder());
+            (key.chunks_exact(2 * lanes), codeword.chunks_exact(2 * lanes), g.chunks_exact(2 * lanes));
+        let last = (keys.remainder(), codewords.remainder(), gradients.remainder());
         for ((k, c), g) in keys.zip(codewords).zip(gradients) {
-            let k = T::Vector::<S>::from_slice(simd, k);
-            let c = T::Vector::<S>::from_slice(simd, c);
-            let g = T::Vector::<S>::from_slice(simd, g);
-            kk = k.mul_add(k, kk);
-            kc = k.mul_add(c, kc);
-            kg = k.mul_add(g, kg);
-            cg = c.mul_add(g, cg);
+            add_products(simd, &mut even, &k[..lanes], &c[..lanes], &g[..lanes]);
+            add_products(simd, &mut odd, &k[lanes..], &c[lanes..], &g[lanes..]);
         }
-        let [mut kk, mut kc, mut kg, mut cg] = sums_of_lanes::<S, T>([kk, kc, kg, cg]);
-        for ((&k, &c), &g) in rest {
+        if last.0.len() >= lanes {
+            add_products(simd, &mut even, &last.0[..lanes], &last.1[..lanes], &last.2[..lanes]);
+        }
+        let all = [even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]];
+        let [mut kk, mut kc, mut kg, mut cg] = sums_of_lanes::<S, T>(all);
+        for ((&k, &c), &g) in key[whole..].iter().zip(&codeword[whole..]).zip(&g[whole..]) {
             kk += k * k;
             kc += k * c;
             kg += k * g;
@@ -294,39 +339,93 @@ impl<T: Scalar> Sums<T> {
         // (4)
         let (a, b) = (kg * to_unit, cg * to_direction);
         let cosine = kc * to_unit * to_direction;
-        let mut s = T::one() + T::one() + cosine + cosine;
+        let s = T::one() + T::one() + cosine + cosine;
+        let directions = Directions { lambda, to_unit, to_direction, a, b };
         if s < T::one() {
-            // Little is left of 1 + u . c~: its digits are gone.
-            s = square_of_sum(key, to_unit, codeword, to_direction);
-            if s < constants.least_square {
-                let key = -lambda * constants.radial * a * to_unit;
-                return Some(Factors { lambda, key, codeword: T::zero() });
-            }
+            return Some(directions.far_apart(constants, key, codeword));
         }
+        Some(directions.factors(constants, s))
+    }
+}
+
+/// What (4) and (5) need beside s.
+#[derive(Debug, Clone, Copy)]
+struct Directions<T> {
+    lambda: T,
+    /// 1 / |k|.
+    to_unit: T,
+    /// 1 / |c|.
+    to_direction: T,
+    a: T,
+    b: T,
+}
+
+impl<T: Scalar> Directions<T> {
+    /// (4) or (5).
+    #[inline(always)]
+    fn factors(self, constants: Constants<T>, s: T) -> Factors<T> {
+        let Directions { lambda, to_unit, to_direction, a, b } = self;
         let r = (a + b + a + b) / s;
         let key = lambda * (constants.radial * b - r) * to_unit;
-        Some(Factors { lambda, key, codeword: -lambda * r * to_direction })
+        Factors { lambda, key, codeword: -lambda * r * to_direction }
+    }
+
+    /// The same where little is left of 1 + u . c~, whose digits are gone.
+    ///
+    /// Rare, and by itself: the loop over rows keeps the registers.
+    #[cold]
+    #[inline(never)]
+    fn far_apart(self, constants: Constants<T>, key: &[T], codeword: &[T]) -> Factors<T> {
+        let Directions { lambda, to_unit, to_direction, a, .. } = self;
+        let s = square_of_sum(key, to_unit, codeword, to_direction);
+        if s < constants.least_square {
+            let key = -lambda * constants.radial * a * to_unit;
+            return Factors { lambda, key, codeword: T::zero() };
+        }
+        self.factors(constants, s)
     }
 }
 
 impl<T: Scalar> Factors<T> {
     #[inline(always)]
-    fn apply<S: Simd>(self, simd: S, key: &[T], codeword: &[T], d: &mut [T]) {
+    fn apply<S: Simd>(self, simd: S, key: &[T], codeword: &[T], d: &mut [T], later: Later) {
         let lanes = T::Vector::<S>::LEN;
         let whole = d.len() / lanes * lanes;
         let (of_key, of_codeword) =
             (T::Vector::<S>::splat(simd, self.key), T::Vector::<S>::splat(simd, self.codeword));
-        let chunks = d.chunks_exact_mut(lanes).zip(key.chunks_exact(lanes));
-        for ((d, k), c) in chunks.zip(codeword.chunks_exact(lanes)) {
-            let k = T::Vector::<S>::from_slice(simd, k);
-            let c = T::Vector::<S>::from_slice(simd, c);
-            let g = T::Vector::<S>::from_slice(simd, d);
-            of_codeword.mul_add(c, of_key.mul_add(k, g * self.lambda)).store_slice(d);
+        for at in (0..whole).step_by(lanes) {
+            let byte = at * size_of::<T>();
+            if byte % LINE == 0 {
+                later.ask(byte);
+            }
+            let of = at..at + lanes;
+            let k = T::Vector::<S>::from_slice(simd, &key[of.clone()]);
+            let c = T::Vector::<S>::from_slice(simd, &codeword[of.clone()]);
+            let g = T::Vector::<S>::from_slice(simd, &d[of.clone()]);
+            of_codeword.mul_add(c, of_key.mul_add(k, g * self.lambda)).store_slice(&mut d[of]);
         }
         for ((d, &k), &c) in d[whole..].iter_mut().zip(&key[whole..]).zip(&codeword[whole..]) {
             *d = self.lambda * *d + self.key * k + self.codeword * c;
         }
     }
+}
+
+/// Adds the products of a vector of each to kk, kc, kg and cg.
+#[inline(always)]
+fn add_products<S: Simd, T: Scalar>(
+    simd: S,
+    [kk, kc, kg, cg]: &mut [T::Vector<S>; 4],
+    k: &[T],
+    c: &[T],
+    g: &[T],
+) {
+    let k = T::Vector::<S>::from_slice(simd, k);
+    let c = T::Vector::<S>::from_slice(simd, c);
+    let g = T::Vector::<S>::from_slice(simd, g);
+    *kk = k.mul_add(k, *kk);
+    *kc = k.mul_add(c, *kc);
+    *kg = k.mul_add(g, *kg);
+    *cg = c.mul_add(g, *cg);
 }
 
 /// The sums of all lanes of each.

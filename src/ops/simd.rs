@@ -21,6 +21,15 @@ macro_rules! on_best_simd {
 }
 pub(crate) use on_best_simd;
 
+/// [`on_best_simd`] in registers of at most 32 bytes, for passes that wait for memory: of the loads of an array that does not
+/// begin on a cache line, every second lies on two lines instead of each, and a load that does costs two.
+macro_rules! on_narrow_simd {
+    ($simd:ident => $call:expr) => {
+        fearless_simd::dispatch!($crate::ops::simd::narrow(), $simd => $call)
+    };
+}
+pub(crate) use on_narrow_simd;
+
 /// The instruction set that this program uses: the best that the processor has, or the lesser one that the environment
 /// variable `TRANSFORMER_VQ_SIMD` names at the first call (`avx2`, `plain`), so that both can be tested and measured.
 pub(crate) fn level() -> Level {
@@ -34,6 +43,14 @@ pub(crate) fn level() -> Level {
             _ => best,
         }
     })
+}
+
+/// [`level`], or AVX2 in place of AVX-512.
+pub(crate) fn narrow() -> Level {
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    return level().as_avx2().map_or(level(), Level::Avx2);
+    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
+    level()
 }
 
 /// Every instruction set that this processor has, of those that the kernels are compiled for.

@@ -8,6 +8,9 @@ use ndarray::ArrayView2;
 use crate::Scalar;
 use crate::ops::simd::LINE;
 
+/// Bytes of a page of memory, or of a part of one.
+const PAGE: usize = 4096;
+
 /// Asks for these rows, if their elements lie side by side.
 #[inline]
 pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
@@ -31,24 +34,26 @@ fn lines<T: Scalar>(rows: ArrayView2<'_, T>, ask: impl Fn(*const u8)) {
     }
 }
 
-/// Asks for a row.
-#[inline(always)]
-pub(crate) fn prefetch_row<T>(row: &[T]) {
-    let bytes = row.as_ptr().cast::<u8>();
-    (0..size_of_val(row)).step_by(LINE).for_each(|line| ask(bytes.wrapping_add(line)));
-}
-
-/// As [`prefetch_row`], for a row whose turn comes so late that the second-level cache is near enough.
+/// Asks for a row whose turn comes so late that the second-level cache is near enough.
 #[inline(always)]
 pub(crate) fn prefetch_far<T>(row: &[T]) {
     let bytes = row.as_ptr().cast::<u8>();
     (0..size_of_val(row)).step_by(LINE).for_each(|line| ask_second_level(bytes.wrapping_add(line)));
 }
 
+/// Asks for the first line of each page of memory of so many bytes.
+///
+/// A hint on a page that the processor has not met holds up what follows it until the page is found. Where many are asked for at
+/// once, they are found side by side.
+#[inline(always)]
+pub(crate) fn ask_for_pages(address: *const u8, bytes: usize) {
+    (0..bytes).step_by(PAGE).for_each(|page| ask_second_level(address.wrapping_add(page)));
+}
+
 /// Asks for a cache line; the address need not be valid.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn ask(address: *const u8) {
+pub(crate) fn ask(address: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     // SAFETY: a prefetch is a hint: it neither faults nor changes memory, whatever the address.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
@@ -56,12 +61,12 @@ pub(super) fn ask(address: *const u8) {
 
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-pub(super) fn ask(_: *const u8) {}
+pub(crate) fn ask(_: *const u8) {}
 
 /// As [`ask`], into the second-level cache.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn ask_second_level(address: *const u8) {
+pub(crate) fn ask_second_level(address: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
     // SAFETY: as above.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
@@ -69,4 +74,4 @@ fn ask_second_level(address: *const u8) {
 
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-fn ask_second_level(_: *const u8) {}
+pub(crate) fn ask_second_level(_: *const u8) {}
