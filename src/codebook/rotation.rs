@@ -219,10 +219,9 @@ fn rotate<S: Simd, T: Scalar>(
     for (i, &code) in codes.iter().enumerate() {
         let (sums_of_next, factors_of_this) = (sums, factors);
         if i % ROWS_OF_PAGES == 0 {
-            let first = (i + ROWS_AHEAD) * width;
-            let bytes = ROWS_OF_PAGES * width * size_of::<T>();
-            ask_for_pages(address_of(keys, first), bytes);
-            ask_for_pages(address_of(d, first), bytes);
+            let (first, stride) = ((i + ROWS_AHEAD) * width, size_of_val(&keys[of_row(i)]) as isize);
+            ask_for_pages(address_of(keys, first), ROWS_OF_PAGES, stride);
+            ask_for_pages(address_of(d, first), ROWS_OF_PAGES, stride);
         }
         let (next, after) = (at(i + 1), at(i + 2));
         if i + 2 < codes.len() {

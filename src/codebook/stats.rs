@@ -16,6 +16,7 @@
 use std::iter;
 use std::ops::Range;
 
+use fearless_simd::{Simd, SimdBase};
 use ndarray::{
     Array1, Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Zip,
     s,
@@ -25,9 +26,9 @@ use rayon::prelude::*;
 use super::{check_codes, check_mask};
 use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape, checked_len};
-use crate::ops::matmul::prefetch_far;
+use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
 use crate::ops::rows::all_finite;
-use crate::ops::simd::on_best_simd;
+use crate::ops::simd::{LINE, on_narrow_simd};
 use crate::{Error, Scalar};
 
 /// Keys of a stretch, at least: so many per code that adding up the sums of stretches costs little, and no few.
@@ -220,32 +221,66 @@ pub(super) fn add_rows_by_code<T: Scalar>(
     sums: ArrayViewMut2<'_, T>,
 ) {
     debug_assert_eq!(rows.dim(), (codes.len(), sums.ncols()));
-    on_best_simd!(add_rows(rows, codes, mask, sums));
+    // Loops of known length are shorter.
+    match rows.ncols() {
+        64 => on_narrow_simd!(simd => add_rows(simd, 64, rows, codes, mask, sums)),
+        128 => on_narrow_simd!(simd => add_rows(simd, 128, rows, codes, mask, sums)),
+        width => on_narrow_simd!(simd => add_rows(simd, width, rows, codes, mask, sums)),
+    }
 }
 
-/// How many rows before its turn a row is asked for: sums leave the processor little time to look ahead by itself.
+/// How many rows before its turn a row is asked for, and the sum that one is added to, which lies anywhere in the table.
 const ROWS_AHEAD: usize = 24;
+const SUMS_AHEAD: usize = 4;
+
+/// Rows whose pages are asked for at once.
+const ROWS_OF_PAGES: usize = 128;
 
 #[inline(always)]
-fn add_rows<T: Scalar>(
+fn add_rows<S: Simd, T: Scalar>(
+    simd: S,
+    width: usize,
     rows: ArrayView2<'_, T>,
     codes: ArrayView1<'_, u32>,
     mask: Option<ArrayView1<'_, bool>>,
     mut sums: ArrayViewMut2<'_, T>,
 ) {
-    let mut later = rows.outer_iter().skip(ROWS_AHEAD);
+    let stride = rows.strides()[0] * size_of::<T>() as isize;
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
-        if let Some(later) = later.next().and_then(|later| later.to_slice()) {
-            prefetch_far(later);
+        let later = row.as_ptr().cast::<u8>().wrapping_offset(ROWS_AHEAD as isize * stride);
+        if j % ROWS_OF_PAGES == 0 {
+            ask_for_pages(later, ROWS_OF_PAGES, stride);
         }
         if mask.is_some_and(|mask| !mask[j]) {
             continue;
         }
+        let later_sum =
+            codes.get(j + SUMS_AHEAD).map_or(later, |&code| sums.row(code as usize).as_ptr().cast());
         let mut sum = sums.row_mut(code as usize);
         match (sum.as_slice_mut(), row.to_slice()) {
-            (Some(sum), Some(row)) => sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x),
+            (Some(sum), Some(row)) => add_row(simd, &mut sum[..width], &row[..width], later, later_sum),
             _ => sum += &row,
         }
+    }
+}
+
+/// Adds a row to a sum, and asks meanwhile for those that begin at the two addresses, line by line.
+#[inline(always)]
+fn add_row<S: Simd, T: Scalar>(simd: S, sum: &mut [T], row: &[T], later: *const u8, later_sum: *const u8) {
+    let lanes = T::Vector::<S>::LEN;
+    let whole = row.len() / lanes * lanes;
+    for at in (0..whole).step_by(lanes) {
+        let byte = at * size_of::<T>();
+        if byte % LINE == 0 {
+            ask_second_level(later.wrapping_add(byte));
+            ask(later_sum.wrapping_add(byte));
+        }
+        let of = at..at + lanes;
+        let x = T::Vector::<S>::from_slice(simd, &row[of.clone()]);
+        (T::Vector::<S>::from_slice(simd, &sum[of.clone()]) + x).store_slice(&mut sum[of]);
+    }
+    for (sum, &x) in sum[whole..].iter_mut().zip(&row[whole..]) {
+        *sum += x;
     }
 }
 

@@ -34,20 +34,16 @@ fn lines<T: Scalar>(rows: ArrayView2<'_, T>, ask: impl Fn(*const u8)) {
     }
 }
 
-/// Asks for a row whose turn comes so late that the second-level cache is near enough.
-#[inline(always)]
-pub(crate) fn prefetch_far<T>(row: &[T]) {
-    let bytes = row.as_ptr().cast::<u8>();
-    (0..size_of_val(row)).step_by(LINE).for_each(|line| ask_second_level(bytes.wrapping_add(line)));
-}
-
-/// Asks for the first line of each page of memory of so many bytes.
+/// Asks for a line of each page of memory that so many rows lie on, the first of which begins at this address.
 ///
-/// A hint on a page that the processor has not met holds up what follows it until the page is found. Where many are asked for at
-/// once, they are found side by side.
+/// A hint on a page that the processor has not met holds up what follows it until the page is found. Where many are asked for
+/// at once, they are found side by side.
 #[inline(always)]
-pub(crate) fn ask_for_pages(address: *const u8, bytes: usize) {
-    (0..bytes).step_by(PAGE).for_each(|page| ask_second_level(address.wrapping_add(page)));
+pub(crate) fn ask_for_pages(address: *const u8, rows: usize, stride: isize) {
+    let rows_per_page = (PAGE / stride.unsigned_abs().max(1)).max(1);
+    for row in (0..rows).step_by(rows_per_page) {
+        ask_second_level(address.wrapping_offset(row as isize * stride));
+    }
 }
 
 /// Asks for a cache line; the address need not be valid.
