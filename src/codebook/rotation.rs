@@ -218,7 +218,7 @@ fn rotate<S: Simd, T: Scalar>(
     sums = Sums::new(simd, &keys[of_row(next)], of_code(codes[next]), &d[of_row(next)]);
     for (i, &code) in codes.iter().enumerate() {
         let (sums_of_next, factors_of_this) = (sums, factors);
-        if i % ROWS_OF_PAGES == 0 {
+        if i.is_multiple_of(ROWS_OF_PAGES) {
             let (first, stride) = ((i + ROWS_AHEAD) * width, size_of_val(&keys[of_row(i)]) as isize);
             ask_for_pages(address_of(keys, first), ROWS_OF_PAGES, stride);
             ask_for_pages(address_of(d, first), ROWS_OF_PAGES, stride);
@@ -394,7 +394,7 @@ impl<T: Scalar> Factors<T> {
             (T::Vector::<S>::splat(simd, self.key), T::Vector::<S>::splat(simd, self.codeword));
         for at in (0..whole).step_by(lanes) {
             let byte = at * size_of::<T>();
-            if byte % LINE == 0 {
+            if byte.is_multiple_of(LINE) {
                 later.ask(byte);
             }
             let of = at..at + lanes;

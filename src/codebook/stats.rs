@@ -248,7 +248,7 @@ fn add_rows<S: Simd, T: Scalar>(
     let stride = rows.strides()[0] * size_of::<T>() as isize;
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
         let later = row.as_ptr().cast::<u8>().wrapping_offset(ROWS_AHEAD as isize * stride);
-        if j % ROWS_OF_PAGES == 0 {
+        if j.is_multiple_of(ROWS_OF_PAGES) {
             ask_for_pages(later, ROWS_OF_PAGES, stride);
         }
         if mask.is_some_and(|mask| !mask[j]) {
@@ -271,7 +271,7 @@ fn add_row<S: Simd, T: Scalar>(simd: S, sum: &mut [T], row: &[T], later: *const 
     let whole = row.len() / lanes * lanes;
     for at in (0..whole).step_by(lanes) {
         let byte = at * size_of::<T>();
-        if byte % LINE == 0 {
+        if byte.is_multiple_of(LINE) {
             ask_second_level(later.wrapping_add(byte));
             ask(later_sum.wrapping_add(byte));
         }
