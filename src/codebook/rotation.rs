@@ -220,8 +220,9 @@ fn rotate<S: Simd, T: Scalar>(
         let (sums_of_next, factors_of_this) = (sums, factors);
         if i.is_multiple_of(ROWS_OF_PAGES) {
             let (first, stride) = ((i + ROWS_AHEAD) * width, size_of_val(&keys[of_row(i)]) as isize);
-            ask_for_pages(address_of(keys, first), ROWS_OF_PAGES, stride);
-            ask_for_pages(address_of(d, first), ROWS_OF_PAGES, stride);
+            let rows = ROWS_OF_PAGES.min(codes.len() - i);
+            ask_for_pages(address_of(keys, first), rows, stride);
+            ask_for_pages(address_of(d, first), rows, stride);
         }
         let (next, after) = (at(i + 1), at(i + 2));
         if i + 2 < codes.len() {

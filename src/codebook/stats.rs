@@ -249,7 +249,7 @@ fn add_rows<S: Simd, T: Scalar>(
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
         let later = row.as_ptr().cast::<u8>().wrapping_offset(ROWS_AHEAD as isize * stride);
         if j.is_multiple_of(ROWS_OF_PAGES) {
-            ask_for_pages(later, ROWS_OF_PAGES, stride);
+            ask_for_pages(later, ROWS_OF_PAGES.min(codes.len() - j), stride);
         }
         if mask.is_some_and(|mask| !mask[j]) {
             continue;

@@ -1,7 +1,7 @@
 //! Asks for memory before it is read.
 //!
 //! A head's rows lie far apart in an array that is laid out token by token, so that the processor does not foresee the next
-//! one: reading a row for the first time would wait for memory. A hint costs nothing where it is wrong.
+//! one: reading a row for the first time would wait for memory. A hint changes nothing where it is wrong.
 
 use ndarray::ArrayView2;
 
