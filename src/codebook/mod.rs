@@ -78,6 +78,7 @@ mod random;
 pub mod residual;
 pub mod revive;
 mod rotation;
+mod rotation_rows;
 pub mod start;
 mod stats;
 
