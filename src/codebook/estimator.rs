@@ -28,7 +28,7 @@ use crate::ops::rows::all_finite;
 use crate::{Error, Scalar};
 
 /// Keys of one task: with their gradients they stay in the second-level cache.
-const KEYS_PER_TASK: usize = 1024;
+const KEYS_PER_TASK: usize = 256;
 
 /// How a gradient passes from the quantized key to the key.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

@@ -24,7 +24,7 @@
 
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 
-use super::rotation_rows::{Constants, rotate};
+use super::rotation_rows::{Constants, Rows, rotate};
 use crate::Scalar;
 use crate::error::Error;
 use crate::ops::simd::on_narrow_simd;
@@ -103,17 +103,18 @@ pub(super) fn backward<T: Scalar>(
     mut d: ArrayViewMut2<'_, T>,
 ) -> bool {
     let (constants, codewords) = (Constants::new(rotation), codewords.as_standard_layout());
-    let codewords = (codewords.as_slice().expect("standard layout"), lengths);
+    let codewords = codewords.as_slice().expect("standard layout");
     let (n, width) = keys.dim();
     if width == 0 {
         return true;
     }
     if let (Some(keys), Some(codes), Some(d)) = (keys.as_slice(), codes.as_slice(), d.as_slice_mut()) {
+        let rows = Rows { width, keys, codes, codewords, lengths };
         // Loops of known length are shorter: a tenth of the time.
         return match width {
-            64 => on_narrow_simd!(simd => rotate(simd, constants, 64, (keys, codes), codewords, d)),
-            128 => on_narrow_simd!(simd => rotate(simd, constants, 128, (keys, codes), codewords, d)),
-            _ => on_narrow_simd!(simd => rotate(simd, constants, width, (keys, codes), codewords, d)),
+            64 => on_narrow_simd!(simd => rotate(simd, constants, Rows { width: 64, ..rows }, d)),
+            128 => on_narrow_simd!(simd => rotate(simd, constants, Rows { width: 128, ..rows }, d)),
+            _ => on_narrow_simd!(simd => rotate(simd, constants, rows, d)),
         };
     }
     let mut finite = true;
@@ -122,10 +123,10 @@ pub(super) fn backward<T: Scalar>(
         let (keys, mut d) = (keys.slice(of), d.slice_mut(of));
         let (keys, mut copy) = (keys.as_standard_layout(), d.as_standard_layout().into_owned());
         let codes: Vec<u32> = codes.iter().skip(start).take(COPIED_ROWS).copied().collect();
-        let (keys, in_order) = (keys.as_slice().expect("standard layout"), copy.as_slice_mut());
-        let in_order = in_order.expect("standard layout");
-        finite &=
-            on_narrow_simd!(simd => rotate(simd, constants, width, (keys, &codes), codewords, in_order));
+        let keys = keys.as_slice().expect("standard layout");
+        let rows = Rows { width, keys, codes: &codes, codewords, lengths };
+        let in_order = copy.as_slice_mut().expect("standard layout");
+        finite &= on_narrow_simd!(simd => rotate(simd, constants, rows, in_order));
         d.assign(&copy);
     }
     finite

@@ -1,5 +1,7 @@
 //! The rotation trick's backward on rows that lie one after the other; formulas as numbered in [`rotation`](super::rotation).
 
+use std::ops::Range;
+
 use fearless_simd::{Simd, SimdBase, SimdFloat};
 
 use super::rotation::{Rotation, RotationScale, RotationVariant};
@@ -50,10 +52,46 @@ impl<T: Scalar> Constants<T> {
 const CODES_AHEAD: usize = 4;
 const ROWS_AHEAD: usize = 16;
 
-/// Rows whose pages are asked for at once.
-const ROWS_OF_PAGES: usize = 128;
+/// What a pass reads, row by row: keys [N, K], codes `[N]`, codewords [S, K] and their lengths `[S]`, all in order.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows<'a, T> {
+    pub width: usize,
+    pub keys: &'a [T],
+    pub codes: &'a [u32],
+    pub codewords: &'a [T],
+    /// As [`lengths`](super::rotation::lengths) has them.
+    pub lengths: &'a [(T, T)],
+}
 
-/// [`backward`](super::rotation::backward) where all rows lie one after the other; `codewords` and their [`lengths`](super::rotation::lengths).
+impl<'a, T: Scalar> Rows<'a, T> {
+    #[inline(always)]
+    fn of(self, i: usize) -> Range<usize> {
+        i * self.width..(i + 1) * self.width
+    }
+
+    #[inline(always)]
+    fn key(self, i: usize) -> &'a [T] {
+        &self.keys[self.of(i)]
+    }
+
+    /// The codeword of a key.
+    #[inline(always)]
+    fn codeword(self, i: usize) -> &'a [T] {
+        &self.codewords[self.of(self.codes[i] as usize)]
+    }
+
+    #[inline(always)]
+    fn sums<S: Simd>(self, simd: S, i: usize, d: &[T]) -> Sums<T> {
+        Sums::new(simd, self.key(i), self.codeword(i), &d[self.of(i)])
+    }
+
+    #[inline(always)]
+    fn factors(self, constants: Constants<T>, i: usize, sums: Sums<T>) -> Option<Factors<T>> {
+        sums.factors(constants, self.key(i), self.codeword(i), self.lengths[self.codes[i] as usize])
+    }
+}
+
+/// [`backward`](super::rotation::backward) where all rows, those of `d` [N, K] too, lie one after the other.
 ///
 /// Row by row: sums, which bring the row from memory; three factors; then one pass that finds the row in the cache, and asks
 /// for later rows meanwhile, line by line. While a row has its pass, the next one has its factors and the one after its sums:
@@ -62,50 +100,36 @@ const ROWS_OF_PAGES: usize = 128;
 pub(super) fn rotate<S: Simd, T: Scalar>(
     simd: S,
     constants: Constants<T>,
-    width: usize,
-    (keys, codes): (&[T], &[u32]),
-    (codewords, lengths): (&[T], &[(T, T)]),
+    rows: Rows<'_, T>,
     d: &mut [T],
 ) -> bool {
-    let of_row = |i: usize| i * width..(i + 1) * width;
-    let of_code = |code: u32| &codewords[of_row(code as usize)];
-    // Past the last row, that one again: what comes of it is not used.
-    let at = |i: usize| i.min(codes.len() - 1);
-    if codes.is_empty() {
+    let n = rows.codes.len();
+    if n == 0 {
         return true;
     }
-    let mut finite = true;
-    let mut sums = Sums::new(simd, &keys[of_row(0)], of_code(codes[0]), &d[of_row(0)]);
-    finite &= (sums.kk + sums.kg).is_finite();
-    let mut factors =
-        sums.factors(constants, &keys[of_row(0)], of_code(codes[0]), lengths[codes[0] as usize]);
-    let next = at(1);
-    sums = Sums::new(simd, &keys[of_row(next)], of_code(codes[next]), &d[of_row(next)]);
-    for (i, &code) in codes.iter().enumerate() {
-        let (sums_of_next, factors_of_this) = (sums, factors);
-        if i.is_multiple_of(ROWS_OF_PAGES) {
-            let (first, stride) = ((i + ROWS_AHEAD) * width, size_of_val(&keys[of_row(i)]) as isize);
-            let rows = ROWS_OF_PAGES.min(codes.len() - i);
-            ask_for_pages(address_of(keys, first), rows, stride);
-            ask_for_pages(address_of(d, first), rows, stride);
+    let mut sums = rows.sums(simd, 0, d);
+    let mut finite = sums.are_finite();
+    let mut factors = rows.factors(constants, 0, sums);
+    sums = rows.sums(simd, 1.min(n - 1), d);
+    for i in 0..n {
+        let (of_next, of_this) = (sums, factors);
+        if i + 2 < n {
+            sums = rows.sums(simd, i + 2, d);
         }
-        let (next, after) = (at(i + 1), at(i + 2));
-        if i + 2 < codes.len() {
-            sums = Sums::new(simd, &keys[of_row(after)], of_code(codes[after]), &d[of_row(after)]);
+        if i + 1 < n {
+            finite &= of_next.are_finite();
+            factors = rows.factors(constants, i + 1, of_next);
         }
-        if i + 1 < codes.len() {
-            let (key, code) = (&keys[of_row(next)], codes[next]);
-            finite &= (sums_of_next.kk + sums_of_next.kg).is_finite();
-            factors = sums_of_next.factors(constants, key, of_code(code), lengths[code as usize]);
-        }
-        let (key, d) = (&keys[of_row(i)], &mut d[of_row(i)]);
+        let (key, d) = (rows.key(i), &mut d[rows.of(i)]);
         let later = Later {
-            key: address_of(key, ROWS_AHEAD * width),
-            d: address_of(d, ROWS_AHEAD * width),
-            codeword: address_of(of_code(codes[at(i + CODES_AHEAD)]), 0),
+            key: address_of(key, ROWS_AHEAD * rows.width),
+            d: address_of(d, ROWS_AHEAD * rows.width),
+            codeword: address_of(rows.codeword((i + CODES_AHEAD).min(n - 1)), 0),
         };
-        if let Some(factors) = factors_of_this {
-            factors.apply(simd, key, of_code(code), d, later);
+        ask_for_pages(i, n, later.key, size_of_val(key) as isize);
+        ask_for_pages(i, n, later.d, size_of_val(key) as isize);
+        if let Some(factors) = of_this {
+            factors.apply(simd, key, rows.codeword(i), d, later);
         }
     }
     finite
@@ -178,6 +202,12 @@ impl<T: Scalar> Sums<T> {
             cg += c * g;
         }
         Sums { kk, kc, kg, cg }
+    }
+
+    /// Whether key and gradient are, and their products.
+    #[inline(always)]
+    fn are_finite(self) -> bool {
+        (self.kk + self.kg).is_finite()
     }
 
     /// (4) or (5); none where d_k = g.

@@ -233,9 +233,6 @@ pub(super) fn add_rows_by_code<T: Scalar>(
 const ROWS_AHEAD: usize = 24;
 const SUMS_AHEAD: usize = 4;
 
-/// Rows whose pages are asked for at once.
-const ROWS_OF_PAGES: usize = 128;
-
 #[inline(always)]
 fn add_rows<S: Simd, T: Scalar>(
     simd: S,
@@ -245,12 +242,11 @@ fn add_rows<S: Simd, T: Scalar>(
     mask: Option<ArrayView1<'_, bool>>,
     mut sums: ArrayViewMut2<'_, T>,
 ) {
-    let stride = rows.strides()[0] * size_of::<T>() as isize;
+    let stride = rows.strides()[0].wrapping_mul(size_of::<T>() as isize);
+    let ahead = stride.wrapping_mul(ROWS_AHEAD as isize);
     for (j, (row, &code)) in rows.outer_iter().zip(codes).enumerate() {
-        let later = row.as_ptr().cast::<u8>().wrapping_offset(ROWS_AHEAD as isize * stride);
-        if j.is_multiple_of(ROWS_OF_PAGES) {
-            ask_for_pages(later, ROWS_OF_PAGES.min(codes.len() - j), stride);
-        }
+        let later = row.as_ptr().cast::<u8>().wrapping_offset(ahead);
+        ask_for_pages(j, codes.len(), later, stride);
         if mask.is_some_and(|mask| !mask[j]) {
             continue;
         }

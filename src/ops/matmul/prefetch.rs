@@ -11,6 +11,9 @@ use crate::ops::simd::LINE;
 /// Bytes of a page of memory, or of a part of one.
 const PAGE: usize = 4096;
 
+/// Rows whose pages are asked for at once.
+const ROWS_OF_PAGES: usize = 128;
+
 /// Asks for these rows, if their elements lie side by side.
 #[inline]
 pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
@@ -34,15 +37,19 @@ fn lines<T: Scalar>(rows: ArrayView2<'_, T>, ask: impl Fn(*const u8)) {
     }
 }
 
-/// Asks for a line of each page of memory that so many rows lie on, the first of which begins at this address.
+/// At every 128th row of a pass over `rows` rows: asks for a line of each page of memory that the next 128 lie on, the first of
+/// which begins at `address`, the others `stride` bytes apart.
 ///
 /// A hint on a page that the processor has not met holds up what follows it until the page is found. Where many are asked for
 /// at once, they are found side by side.
 #[inline(always)]
-pub(crate) fn ask_for_pages(address: *const u8, rows: usize, stride: isize) {
+pub(crate) fn ask_for_pages(row: usize, rows: usize, address: *const u8, stride: isize) {
+    if !row.is_multiple_of(ROWS_OF_PAGES) {
+        return;
+    }
     let rows_per_page = (PAGE / stride.unsigned_abs().max(1)).max(1);
-    for row in (0..rows).step_by(rows_per_page) {
-        ask_second_level(address.wrapping_offset(row as isize * stride));
+    for later in (0..ROWS_OF_PAGES.min(rows - row)).step_by(rows_per_page) {
+        ask_second_level(address.wrapping_offset(stride.wrapping_mul(later as isize)));
     }
 }
 
