@@ -113,6 +113,7 @@ fn median(mut x: Vec<f64>) -> f64 {
 fn run() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let codewords = Array3::from_shape_vec((1, S, K), unit_rows(&mut rng, S)).unwrap();
+    drop(Batch::new(&mut rng));
     let mut batches: Vec<_> = (0..BATCHES).map(|_| Batch::new(&mut rng)).collect();
 
     batches[0].rotate(codewords.view());

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use ndarray::Dimension;
 
+use crate::ops::rows::all_finite;
+
 /// What went wrong, which argument it was, what was expected and what came.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -139,7 +141,7 @@ pub(crate) fn check_finite<T: crate::Scalar, D: Dimension>(
     array: ndarray::ArrayView<'_, T, D>,
 ) -> Result<(), Error> {
     // One pass without branches decides; only a failure looks for the place.
-    if array.fold(true, |finite, x| finite & x.is_finite()) {
+    if all_finite(array.view()) {
         return Ok(());
     }
     let array = array.into_dyn();

@@ -96,6 +96,7 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayView4};
 
 use crate::compiled::compiled_here;
 use crate::error::{check_finite, check_shape};
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// One table of codewords per head, and the way it learns.
@@ -315,8 +316,11 @@ impl<T: Scalar> Codebook<T> {
 /// Checks that every code [B, H, T] is below the number of codes.
 fn check_codes(codes: ArrayView3<'_, u32>, n_codes: usize) -> Result<(), Error> {
     // One pass without branches decides; only a failure looks for the place.
-    let largest = codes.fold(0, |largest: u32, &code| largest.max(code)) as usize;
-    if largest < n_codes || codes.is_empty() {
+    let largest = match codes.as_slice_memory_order() {
+        Some(codes) => on_best_simd!(largest(codes)),
+        None => codes.fold(0, |largest, &code| largest.max(code)),
+    };
+    if (largest as usize) < n_codes || codes.is_empty() {
         return Ok(());
     }
     let mut all = codes.indexed_iter();
@@ -328,6 +332,15 @@ fn check_codes(codes: ArrayView3<'_, u32>, n_codes: usize) -> Result<(), Error> 
         got: code.into(),
         limit: n_codes,
     })
+}
+
+#[inline(always)]
+fn largest(codes: &[u32]) -> u32 {
+    let mut largest = 0;
+    for &code in codes {
+        largest = code.max(largest);
+    }
+    largest
 }
 
 /// Checks that a mask, where there is one, has the shape [B, T].

@@ -27,6 +27,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 use super::rotation_rows::{Constants, Rows, rotate};
 use crate::Scalar;
 use crate::error::Error;
+use crate::ops::rows::dot;
 use crate::ops::simd::on_narrow_simd;
 
 /// Which rotation trick.
@@ -136,7 +137,18 @@ pub(super) fn backward<T: Scalar>(
 pub(super) fn lengths<T: Scalar>(codewords: ArrayView2<'_, T>) -> Vec<(T, T)> {
     // The order of a sum must not depend on strides.
     let codewords = codewords.as_standard_layout();
-    codewords.outer_iter().map(|c| c.dot(&c).sqrt()).map(|length| (length, length.recip())).collect()
+    let mut lengths = Vec::with_capacity(codewords.nrows());
+    on_narrow_simd!(_simd => push_lengths(codewords.view(), &mut lengths));
+    lengths
+}
+
+#[inline(always)]
+fn push_lengths<T: Scalar>(codewords: ArrayView2<'_, T>, lengths: &mut Vec<(T, T)>) {
+    for codeword in codewords.outer_iter() {
+        let codeword = codeword.to_slice().expect("standard layout");
+        let length = dot(codeword, codeword).sqrt();
+        lengths.push((length, length.recip()));
+    }
 }
 
 /// Rows that are copied at once where they do not lie one after the other.

@@ -95,7 +95,7 @@ impl<T: Scalar> CodeStats<T> {
         checked_len("stats", &[n_heads, n_codes, d_k])?;
         let stats = Self::collect_checked(keys, codes, n_codes, mask);
         // A key that is not finite makes a sum that is not; those that do not count are in no sum.
-        if mask.is_some() || !stats.sums.outer_iter().all(all_finite) {
+        if mask.is_some() || !stats.sums.outer_iter().all(|sums| all_finite(sums)) {
             check_finite("keys", keys)?;
         }
         Ok(stats)
@@ -118,8 +118,16 @@ impl<T: Scalar> CodeStats<T> {
         // The sums of the first stretch need no place of their own.
         let mut others = Array4::zeros((stretches.len() - 1, n_heads, n_codes, d_k)); // [stretches, H, S, K]
         let tables: Vec<_> = iter::once(stats.sums.view_mut()).chain(others.outer_iter_mut()).collect();
-        tables.into_par_iter().zip(&stretches).for_each(|(mut sums, stretch)| {
-            sums.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(head, mut sums)| {
+        let mut counts = Array3::zeros((stretches.len(), n_heads, n_codes)); // [stretches, H, S]
+        let of_stretches = (tables, counts.axis_iter_mut(Axis(0)), &stretches).into_par_iter();
+        of_stretches.for_each(|(mut sums, mut counts, stretch)| {
+            let of_heads = (sums.axis_iter_mut(Axis(0)), counts.axis_iter_mut(Axis(0))).into_par_iter();
+            of_heads.enumerate().for_each(|(head, (mut sums, counts))| {
+                let counts = counts.into_slice().expect("standard layout");
+                for (sequence, positions) in parts(stretch, len) {
+                    let mask = mask.as_ref().map(|mask| mask.slice(s![sequence, positions.clone()]));
+                    count(codes.slice(s![sequence, head, positions]), mask, counts);
+                }
                 let panels = sums.axis_chunks_iter_mut(Axis(1), width).into_par_iter().enumerate();
                 panels.for_each(|(panel, mut sums)| {
                     let columns = panel * width..d_k.min((panel + 1) * width);
@@ -135,12 +143,7 @@ impl<T: Scalar> CodeStats<T> {
         for other in others.outer_iter() {
             stats.sums += &other;
         }
-        for ((sequence, head), codes) in
-            ndarray::indices((n_sequences, n_heads)).into_iter().zip(codes.rows())
-        {
-            let counts = stats.counts.row_mut(head).into_slice().expect("standard layout");
-            count(codes, mask.as_ref().map(|mask| mask.row(sequence)), counts);
-        }
+        stats.counts = counts.sum_axis(Axis(0));
         stats
     }
 
@@ -282,6 +285,9 @@ fn add_row<S: Simd, T: Scalar>(simd: S, sum: &mut [T], row: &[T], later: *const 
 
 /// The counts of (1), added.
 fn count(codes: ArrayView1<'_, u32>, mask: Option<ArrayView1<'_, bool>>, counts: &mut [u64]) {
+    if let (Some(codes), None) = (codes.to_slice(), mask) {
+        return codes.iter().for_each(|&code| counts[code as usize] += 1);
+    }
     for (j, &code) in codes.iter().enumerate() {
         if mask.is_none_or(|mask| mask[j]) {
             counts[code as usize] += 1;

@@ -4,7 +4,11 @@
 //! thread, so few rows cost nothing extra. What a row gives depends on that row alone, and what is summed over rows is
 //! summed in their order: no result depends on the number of threads.
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, Ix2};
+use std::iter;
+
+use ndarray::{
+    Array1, Array2, ArrayView, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, Dimension, Ix2,
+};
 use rayon::prelude::*;
 
 use crate::error::checked_len;
@@ -21,20 +25,24 @@ fn per_task(width: usize) -> usize {
 }
 
 /// Whether every number is finite.
-pub(crate) fn all_finite<T: Scalar>(x: ArrayView2<'_, T>) -> bool {
-    if x.ncols() > 0 && x.strides()[1] != 1 {
-        return x.iter().all(|x| x.is_finite());
+pub(crate) fn all_finite<T: Scalar, D: Dimension>(x: ArrayView<'_, T, D>) -> bool {
+    if let Some(all) = x.as_slice_memory_order() {
+        return on_best_simd!(is_zero_of_nothing(iter::once(all)));
     }
-    let sums = on_best_simd!(sums_of_nothing(x));
-    sums.iter().fold(T::zero(), |total, &sum| total + sum).is_zero()
+    let rows = x.rows();
+    if rows.into_iter().next().is_some_and(|row| row.to_slice().is_some()) {
+        let rows = x.rows().into_iter().map(|row| row.to_slice().expect("as the first"));
+        return on_best_simd!(is_zero_of_nothing(rows));
+    }
+    x.iter().all(|x| x.is_finite())
 }
 
-/// Sums of 0 x, over contiguous rows: 0, but NaN where some x is not finite.
+/// Whether the sum of 0 x is 0: it is NaN where some x is not finite.
 #[inline(always)]
-fn sums_of_nothing<T: Scalar>(x: ArrayView2<'_, T>) -> [T; 32] {
+fn is_zero_of_nothing<'a, T: Scalar>(rows: impl Iterator<Item = &'a [T]>) -> bool {
     let mut sums = [T::zero(); 32];
-    for row in x.rows() {
-        let (chunks, rest) = row.to_slice().expect("contiguous rows").as_chunks::<32>();
+    for row in rows {
+        let (chunks, rest) = row.as_chunks::<32>();
         for chunk in chunks {
             for (sum, &x) in sums.iter_mut().zip(chunk) {
                 *sum += x * T::zero();
@@ -44,7 +52,7 @@ fn sums_of_nothing<T: Scalar>(x: ArrayView2<'_, T>) -> [T; 32] {
             sums[0] += x * T::zero();
         }
     }
-    sums
+    sums.iter().fold(T::zero(), |total, &sum| total + sum).is_zero()
 }
 
 /// Zeros of shape [rows, width], if such an array can exist.
