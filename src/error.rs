@@ -2,10 +2,6 @@
 
 use std::path::PathBuf;
 
-use ndarray::Dimension;
-
-use crate::ops::rows::all_finite;
-
 /// What went wrong, which argument it was, what was expected and what came.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -133,19 +129,4 @@ pub(crate) fn check_memory<T>(what: &'static str, shape: &[usize]) -> Result<(),
     let len = checked_len(what, shape)?;
     // Asked for, and given back untouched.
     Vec::<T>::new().try_reserve_exact(len).map_err(|_| Error::TooLarge { what, shape: shape.to_vec() })
-}
-
-/// Checks that every element is finite and names the first that is not.
-pub(crate) fn check_finite<T: crate::Scalar, D: Dimension>(
-    what: &'static str,
-    array: ndarray::ArrayView<'_, T, D>,
-) -> Result<(), Error> {
-    // One pass without branches decides; only a failure looks for the place.
-    if all_finite(array.view()) {
-        return Ok(());
-    }
-    let array = array.into_dyn();
-    let found = array.indexed_iter().find(|(_, x)| !x.is_finite());
-    let (index, value) = found.expect("one is not finite");
-    Err(Error::NotFinite { what, index: index.as_array_view().to_vec(), value: value.to_string() })
 }

@@ -20,7 +20,8 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 

@@ -22,7 +22,8 @@ use super::{
     state::WindowKeys,
 };
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// What a query attends to.

@@ -3,7 +3,8 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 
 use super::CompressiveCache;
-use crate::error::{check_finite, check_memory, check_shape};
+use crate::error::{check_memory, check_shape};
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// Position, compressive cache, and the last M keys and values of one head.

@@ -38,7 +38,8 @@ use rayon::prelude::*;
 
 use super::packed::PackedCodewords;
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::check_finite;
 use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;

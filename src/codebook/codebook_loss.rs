@@ -14,7 +14,8 @@
 use ndarray::{Array3, ArrayView3, Zip};
 
 use super::CodeStats;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// (2): the gradient of `weight` times the loss; 0 for a code that no key took, and if nothing was counted.

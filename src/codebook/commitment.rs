@@ -19,7 +19,8 @@ use ndarray::{
 use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::check_finite;
 use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};

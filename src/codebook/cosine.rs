@@ -25,7 +25,8 @@
 
 use ndarray::{Array, ArrayView, ArrayView1, Dimension, Zip};
 
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// Shorter vectors are divided by this.

@@ -21,7 +21,8 @@ use super::CodeStats;
 use super::assign::check_codewords;
 use super::revive::Replacement;
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// Counts below this one do not divide.

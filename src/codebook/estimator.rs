@@ -23,8 +23,8 @@ use rayon::prelude::*;
 use super::stats::add_rows_by_code;
 use super::{Rotation, check_codes, directional, rotation};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape, checked_len};
-use crate::ops::rows::all_finite;
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::{all_finite, check_finite};
 use crate::{Error, Scalar};
 
 /// Keys of one task: with their gradients they stay in the second-level cache.

@@ -11,7 +11,8 @@ use ndarray::{Array2, Array3, ArrayView3, ArrayViewD, ArrayViewMutD};
 
 use super::assign::check_codewords;
 use super::{CodeStats, Ema, linear};
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// How a codebook learns, with that part of its state that no optimizer moves.

@@ -95,7 +95,8 @@ pub use stats::CodeStats;
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayView4};
 
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 

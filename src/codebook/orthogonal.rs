@@ -15,7 +15,7 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::cosine;
-use crate::error::check_finite;
+use crate::ops::finite::check_finite;
 use crate::ops::matmul::product;
 use crate::{Error, Scalar};
 

@@ -48,7 +48,8 @@ use rayon::prelude::*;
 use super::assign::assign_heads;
 use super::{CodeStats, Codebook, Estimator, commitment, lookup};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// Codebooks in turn, all with the same heads and width.

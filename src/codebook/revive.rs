@@ -26,7 +26,8 @@ use super::random::Random;
 use super::start::{counted, rows};
 use super::{Codebook, Learning, assign, check_mask, kmeans};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// A code, and the codeword that it is to have from now on.

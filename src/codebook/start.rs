@@ -40,7 +40,8 @@ use super::check_mask;
 use super::kmeans;
 use super::random::Random;
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_memory};
+use crate::error::check_memory;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// (1): codewords [H, S, K] from the normal distribution.

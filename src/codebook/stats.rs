@@ -25,9 +25,9 @@ use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape, checked_len};
+use crate::error::{check_shape, checked_len};
+use crate::ops::finite::{all_finite, check_finite};
 use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
-use crate::ops::rows::all_finite;
 use crate::ops::simd::{LINE, on_narrow_simd};
 use crate::{Error, Scalar};
 

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::codebook::{Basis, Ema, Learning};
 use crate::compiled::compiled_here;
-use crate::error::check_finite;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// Raised whenever an older reader would misread what is written.

@@ -19,7 +19,8 @@ use crate::attention::VqAttention;
 use crate::attention::quadratic::KeyValues;
 use crate::codebook::{CodeStats, Codebook, Learning};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_memory, check_shape};
+use crate::error::{check_memory, check_shape};
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// A language model with linear-time attention.

@@ -13,6 +13,7 @@
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub(crate) mod finite;
 pub mod gelu;
 pub mod linear;
 pub(crate) mod matmul;

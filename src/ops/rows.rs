@@ -4,15 +4,10 @@
 //! thread, so few rows cost nothing extra. What a row gives depends on that row alone, and what is summed over rows is
 //! summed in their order: no result depends on the number of threads.
 
-use std::iter;
-
-use ndarray::{
-    Array1, Array2, ArrayView, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, Dimension, Ix2,
-};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, Ix2};
 use rayon::prelude::*;
 
 use crate::error::checked_len;
-use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// Elements that one task takes: tens of microseconds of work, far above what giving it to another thread costs.
@@ -22,37 +17,6 @@ pub(crate) const ELEMENTS_PER_TASK: usize = 1 << 15;
 fn per_task(width: usize) -> usize {
     // At least 16, so that a task's column sums stay small beside the rows they come from.
     (ELEMENTS_PER_TASK / width.max(1)).clamp(16, 256)
-}
-
-/// Whether every number is finite.
-pub(crate) fn all_finite<T: Scalar, D: Dimension>(x: ArrayView<'_, T, D>) -> bool {
-    if let Some(all) = x.as_slice_memory_order() {
-        return on_best_simd!(is_zero_of_nothing(iter::once(all)));
-    }
-    let rows = x.rows();
-    if rows.into_iter().next().is_some_and(|row| row.to_slice().is_some()) {
-        let rows = x.rows().into_iter().map(|row| row.to_slice().expect("as the first"));
-        return on_best_simd!(is_zero_of_nothing(rows));
-    }
-    x.iter().all(|x| x.is_finite())
-}
-
-/// Whether the sum of 0 x is 0: it is NaN where some x is not finite.
-#[inline(always)]
-fn is_zero_of_nothing<'a, T: Scalar>(rows: impl Iterator<Item = &'a [T]>) -> bool {
-    let mut sums = [T::zero(); 32];
-    for row in rows {
-        let (chunks, rest) = row.as_chunks::<32>();
-        for chunk in chunks {
-            for (sum, &x) in sums.iter_mut().zip(chunk) {
-                *sum += x * T::zero();
-            }
-        }
-        for &x in rest {
-            sums[0] += x * T::zero();
-        }
-    }
-    sums.iter().fold(T::zero(), |total, &sum| total + sum).is_zero()
 }
 
 /// Zeros of shape [rows, width], if such an array can exist.

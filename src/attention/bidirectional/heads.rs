@@ -17,7 +17,8 @@ use super::Visible;
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 mod backward;

@@ -29,7 +29,8 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 mod heads;

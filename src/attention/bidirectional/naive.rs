@@ -11,7 +11,8 @@
 use ndarray::{Array1, Array2, ArrayView2};
 
 use super::{Gradients, Inputs, Output};
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 /// (1) and (2): the keys that query i sees, its weights, and lse.

@@ -13,8 +13,8 @@ use crate::attention::documents;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, CompressiveCache, Inputs, VqAttention};
+use crate::ops::finite::all_finite;
 use crate::ops::matmul::{PackedRows, add_product, prefetch, product};
-use crate::ops::rows::all_finite;
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 

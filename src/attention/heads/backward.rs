@@ -9,8 +9,8 @@ use crate::attention::VqAttention;
 use crate::attention::blockwise::{self, RowGradients, Saved};
 use crate::codebook::assign::KEYS_PER_TASK;
 use crate::codebook::{Estimator, commitment};
+use crate::ops::finite::all_finite;
 use crate::ops::matmul::prefetch;
-use crate::ops::rows::all_finite;
 use crate::ops::simd::LANES;
 
 /// Parts into which backward of a batch falls at least, where it is long enough: threads share them.

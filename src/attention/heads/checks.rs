@@ -4,7 +4,8 @@ use ndarray::{Array2, Array3, Axis, s};
 
 use super::{BatchBiases, BatchInputs};
 use crate::attention::{AttentionState, Biases, Inputs, VqAttention};
-use crate::error::{check_finite, check_shape};
+use crate::error::check_shape;
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 impl<T: Scalar> BatchBiases<'_, T> {

@@ -26,7 +26,8 @@ use super::{AttentionState, VqAttention, blockwise, stream};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_memory, check_shape};
+use crate::error::{check_memory, check_shape};
+use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
 mod backward;

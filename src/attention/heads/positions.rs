@@ -3,8 +3,8 @@
 use ndarray::{Array2, Array3, ArrayView3, ArrayView4, Axis, s};
 
 use super::{BatchBiases, BatchInputs};
-use crate::error::{check_finite, check_shape};
-use crate::ops::rows::all_finite;
+use crate::error::check_shape;
+use crate::ops::finite::{all_finite, check_finite};
 use crate::{Error, Scalar};
 
 impl<T: Scalar> BatchInputs<'_, T> {

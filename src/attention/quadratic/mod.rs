@@ -31,8 +31,8 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use crate::compiled::compiled_here;
-use crate::error::{check_finite, check_shape};
-use crate::ops::rows::all_finite;
+use crate::error::check_shape;
+use crate::ops::finite::{all_finite, check_finite};
 use crate::{Error, Scalar};
 
 mod backward;

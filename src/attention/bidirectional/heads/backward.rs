@@ -9,7 +9,7 @@ use crate::attention::bidirectional::{sweep, sweep::Sums};
 use crate::attention::heads::{fit, parts};
 use crate::codebook::assign::KEYS_PER_TASK;
 use crate::codebook::{Estimator, commitment};
-use crate::ops::rows::all_finite;
+use crate::ops::finite::all_finite;
 
 /// Backward on checked shapes; whether q, k and `d_out` are finite.
 pub(super) fn run<T: Scalar>(

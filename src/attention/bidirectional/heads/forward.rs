@@ -9,7 +9,7 @@ use crate::attention::bidirectional::{Visible, sweep};
 use crate::attention::heads::{fit, fit_rows, parts, quantize};
 use crate::codebook::CodeStats;
 use crate::codebook::packed::Table;
-use crate::ops::rows::all_finite;
+use crate::ops::finite::all_finite;
 
 /// Forward on checked shapes; whether q, k and v are finite.
 pub(super) fn run<T: Scalar>(
