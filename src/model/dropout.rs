@@ -87,6 +87,11 @@ impl Masks {
         Masks { drawn, batch }
     }
 
+    /// Whether anything is dropped.
+    pub fn drop(&self) -> bool {
+        self.drawn.is_some()
+    }
+
     /// Drops of embeddings [B T, D], or of their gradient.
     pub fn embedding<T: Scalar>(&self, x: &mut Array2<T>) -> Result<(), Error> {
         let Some((rates, DropoutSeed { seed, step, .. })) = self.drawn else { return Ok(()) };

@@ -43,6 +43,7 @@
 //! Read in this order: [`ModelConfig`], `layer`, [`Transformer`]; then [`EncoderConfig`], [`Encoder`].
 
 mod atomic_file;
+mod buffers;
 pub(crate) mod checkpoint;
 mod codebooks;
 mod config;

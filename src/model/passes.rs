@@ -1,7 +1,10 @@
 //! Forward and backward of the language model: the formulas of `transformer`.
 
+use std::sync::Arc;
+
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2};
 
+use super::buffers::Buffers;
 use super::dropout::{DropoutSeed, Masks};
 use super::layer::{self, LayerReport};
 use super::parameters::{NormParameters, Parameters};
@@ -12,9 +15,16 @@ use crate::error::check_shape;
 use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
 
-/// What backward needs of forward.
+/// What backward needs of forward. Dropped, it leaves its memory to the model's next pass.
 #[derive(Debug, Clone)]
 pub struct Saved<T> {
+    /// None once backward has it.
+    pass: Option<SavedPass<T>>,
+    buffers: Arc<Buffers<T>>,
+}
+
+#[derive(Debug, Clone)]
+struct SavedPass<T> {
     config: ModelConfig,
     tokens: Array2<u32>,
     mask: Option<Array2<bool>>,
@@ -34,6 +44,19 @@ enum SavedUnit<T> {
         x: Array2<T>,
         states: UnitState<T>,
     },
+}
+
+impl<T> Drop for Saved<T> {
+    fn drop(&mut self) {
+        let Some(SavedPass { layers, x, .. }) = self.pass.take() else { return };
+        for unit in layers {
+            match unit {
+                SavedUnit::Kept(saved) => saved.give(&self.buffers),
+                SavedUnit::Input { x, .. } => self.buffers.give(x),
+            }
+        }
+        self.buffers.give(x);
+    }
 }
 
 impl<T: Scalar> Transformer<T> {
@@ -88,6 +111,7 @@ impl<T: Scalar> Transformer<T> {
         if let Some(mask) = &mask {
             check_shape("mask", tokens.shape(), mask.shape())?;
         }
+        self.buffers.begin_pass();
         let start = state.position();
         let masks = Masks::new(self.config.dropout, dropout, tokens.nrows());
         let mut x = self.embed(tokens, start)?; // (1)
@@ -96,18 +120,22 @@ impl<T: Scalar> Transformer<T> {
         let distances = self.distances()?;
         for (unit, states) in state.layers.iter_mut().enumerate() {
             let prepared = self.prepare_layer(unit, masks.sinusoids(unit, &distances)?.view())?;
-            let input = self.config.recompute.then(|| (x.clone(), states.clone()));
+            let input = self.config.recompute.then(|| (self.buffers.copy(&x), states.clone()));
             let (y, report, saved) = self.layer(unit, &prepared).forward(x, states, mask, &masks)?; // (2)
             x = y;
             reports.push(report);
             layers.push(match input {
-                Some((x, states)) => SavedUnit::Input { x, states },
+                Some((x, states)) => {
+                    saved.give(&self.buffers);
+                    SavedUnit::Input { x, states }
+                }
                 None => SavedUnit::Kept(Box::new(saved)),
             });
         }
         let (normed, final_norm) = self.normalize(&x)?;
         let logits = self.logits(&normed, tokens.dim())?; // (3)
-        let saved = Saved {
+        self.buffers.give(normed);
+        let pass = SavedPass {
             config: self.config.clone(),
             tokens: tokens.to_owned(),
             mask: mask.map(|mask| mask.to_owned()),
@@ -117,7 +145,7 @@ impl<T: Scalar> Transformer<T> {
             x,
             final_norm,
         };
-        Ok((logits, reports, saved))
+        Ok((logits, reports, Saved { pass: Some(pass), buffers: self.buffers.clone() }))
     }
 
     /// Gradients of `sum(d_logits * logits)` plus the weighted commitment and codebook losses, added to `gradients`.
@@ -145,19 +173,25 @@ impl<T: Scalar> Transformer<T> {
 
     fn backward_here(
         &self,
-        saved: Saved<T>,
+        mut saved: Saved<T>,
         d_logits: Array3<T>,
         gradients: &mut Parameters<T>,
     ) -> Result<(), Error> {
-        let Saved { config, tokens, mask, start, dropout, layers, x, final_norm } = saved;
+        let pass = saved.pass.take().expect("nobody else takes it");
+        let SavedPass { config, tokens, mask, start, dropout, layers, x, final_norm } = pass;
         if config != self.config {
             return Err(Error::invalid("saved", "from this model's forward", format!("{config:?}")));
         }
         self.parameters.check_like("gradients", gradients)?;
         let (b, t) = tokens.dim();
         check_shape("d_logits", &[b, t, self.config.vocab_size], d_logits.shape())?;
+        self.buffers.begin_pass();
         // (3)
-        let d_logits = d_logits.as_standard_layout().into_owned() * T::from_f64(self.config.logit_scale);
+        let d_logits = match d_logits.is_standard_layout() {
+            true => d_logits,
+            false => d_logits.as_standard_layout().into_owned(),
+        };
+        let d_logits = d_logits * T::from_f64(self.config.logit_scale);
         let d_logits = d_logits.into_shape_with_order((b * t, self.config.vocab_size)).expect("contiguous");
         let normed = self.normalize(&x)?.0;
         let (d_w, d_b) = (&mut gradients.embedding, gradients.output_bias.view_mut());
@@ -165,13 +199,16 @@ impl<T: Scalar> Transformer<T> {
             Some(d_output) => d_output.view_mut(),
             None => d_w.view_mut().reversed_axes(),
         };
-        let mut d_x = linear::backward(normed.view(), self.output(), d_logits.view(), d_w, Some(d_b))?;
+        let mut d_x = self.buffers.take(normed.dim());
+        linear::backward_into(normed.view(), self.output(), d_logits.view(), d_w, Some(d_b), &mut d_x)?;
         let norms = self.parameters.final_norm.as_ref().zip(gradients.final_norm.as_mut());
         if let (Some((norm, d)), Some(saved)) = (norms, &final_norm) {
             let (d_gain, d_bias) = (d.gain.view_mut(), d.bias.view_mut());
-            d_x = rms_norm::backward_affine(x.view(), saved, norm.gain.view(), d_x.view(), d_gain, d_bias)?;
+            let gain = norm.gain.view();
+            rms_norm::backward_affine_in_place(x.view(), saved, gain, &mut d_x, d_gain, d_bias)?;
         }
-        drop((x, normed, d_logits));
+        [x, normed].into_iter().for_each(|array| self.buffers.give(array));
+        drop(d_logits);
         // (2)
         let distances = self.distances()?;
         let masks = Masks::new(self.config.dropout, dropout, b);
@@ -182,7 +219,11 @@ impl<T: Scalar> Transformer<T> {
             let layer = self.layer(unit, &prepared);
             let saved = match saved {
                 SavedUnit::Kept(saved) => *saved,
-                SavedUnit::Input { x, mut states } => layer.forward(x, &mut states, mask, &masks)?.2,
+                SavedUnit::Input { x, mut states } => {
+                    let (y, _, saved) = layer.forward(x, &mut states, mask, &masks)?;
+                    self.buffers.give(y);
+                    saved
+                }
             };
             d_x = layer.backward(saved, d_x, mask, &masks, b, distances.view(), d_parameters)?;
         }
@@ -193,7 +234,9 @@ impl<T: Scalar> Transformer<T> {
             let sum = |rows: ArrayView2<'_, T>| (&rows * &sinusoids).sum();
             d_scale[0] += d_x.axis_chunks_iter(ndarray::Axis(0), t.max(1)).map(sum).sum::<T>();
         }
-        embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())
+        embedding::backward(flat(&tokens).view(), d_x.view(), gradients.embedding.view_mut())?;
+        self.buffers.give(d_x);
+        Ok(())
     }
 
     pub(super) fn sinusoids(&self, start: u64, count: usize) -> Result<Array2<T>, Error> {
@@ -202,8 +245,9 @@ impl<T: Scalar> Transformer<T> {
 
     /// (1)
     pub(super) fn embed(&self, tokens: ArrayView2<'_, u32>, start: u64) -> Result<Array2<T>, Error> {
-        let tokens = tokens.to_owned();
-        let mut x = embedding::forward(self.parameters.embedding.view(), flat(&tokens).view())?;
+        let (table, tokens) = (self.parameters.embedding.view(), tokens.to_owned());
+        let mut x = self.buffers.take((tokens.len(), table.ncols()));
+        embedding::forward_into(table, flat(&tokens).view(), &mut x)?;
         if let Some(scale) = &self.parameters.position_scale {
             let sinusoids = self.sinusoids(start, tokens.ncols())? * scale[0];
             for mut rows in x.axis_chunks_iter_mut(ndarray::Axis(0), tokens.ncols().max(1)) {
@@ -216,9 +260,10 @@ impl<T: Scalar> Transformer<T> {
     /// The norm of (3).
     pub(super) fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
         let Some(NormParameters { gain, bias }) = &self.parameters.final_norm else {
-            return Ok((x.clone(), None));
+            return Ok((self.buffers.copy(x), None));
         };
-        let (y, saved) = rms_norm::forward_affine(x.view(), gain.view(), bias.view())?;
+        let mut y = self.buffers.take(x.dim());
+        let saved = rms_norm::forward_affine_into(x.view(), gain.view(), bias.view(), &mut y)?;
         Ok((y, Some(saved)))
     }
 

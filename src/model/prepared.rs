@@ -89,6 +89,7 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         state: &mut ModelState<T>,
     ) -> Result<(Array3<T>, Vec<PieceReport>), Error> {
         self.model.check(tokens, state)?;
+        self.model.buffers.begin_pass();
         let mut x = self.model.embed(tokens, state.position())?;
         let mut reports = vec![];
         for (unit, (prepared, states)) in self.layers.iter().zip(&mut state.layers).enumerate() {
@@ -104,6 +105,7 @@ impl<'m, T: Scalar> Prepared<'m, T> {
             }
             _ => self.model.logits(&normed, tokens.dim())?,
         };
+        [x, normed].into_iter().for_each(|array| self.model.buffers.give(array));
         Ok((logits, reports))
     }
 }

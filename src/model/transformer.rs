@@ -8,10 +8,13 @@
 //!
 //! Source: Transformer-VQ (Lingle, arXiv 2309.16354).
 
+use std::sync::Arc;
+
 use ndarray::{Array2, Array3, ArrayView2};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::buffers::Buffers;
 use super::layer::{self, Layer};
 use super::parameters::{ParameterMut, Parameters};
 use super::{ModelConfig, ModelState, Prepared, UnitKind, UnitState, codebooks};
@@ -44,6 +47,8 @@ pub struct Transformer<T = f32> {
     pub(super) parameters: Parameters<T>,
     /// The rest of the codebooks, one per unit that has one.
     pub(super) learning: Vec<Learning<T>>,
+    /// Copies of the model share them.
+    pub(super) buffers: Arc<Buffers<T>>,
 }
 
 impl Transformer<f32> {
@@ -57,7 +62,7 @@ impl Transformer<f32> {
         let parameters = Parameters::random(&config, &mut rng);
         let learning =
             config.codebook_units().map(|_| codebooks::begin(&config, &mut rng)).collect::<Result<_, _>>()?;
-        Ok(Transformer { config, parameters, learning })
+        Ok(Transformer { config, parameters, learning, buffers: Arc::default() })
     }
 }
 
@@ -88,7 +93,7 @@ impl<T: Scalar> Transformer<T> {
         Parameters::zeros(&config).check_like("parameters", &parameters)?;
         parameters.views().iter().try_for_each(|p| check_finite("parameters", p.value.view()))?;
         codebooks::check(&config, &parameters, &learning)?;
-        Ok(Transformer { config, parameters, learning })
+        Ok(Transformer { config, parameters, learning, buffers: Arc::default() })
     }
 
     /// The same model in another precision: in `f64`, to check gradients.
@@ -97,6 +102,7 @@ impl<T: Scalar> Transformer<T> {
             config: self.config.clone(),
             parameters: self.parameters.cast(&self.config),
             learning: self.learning.iter().map(Learning::cast).collect(),
+            buffers: Arc::default(),
         }
     }
 
@@ -246,6 +252,7 @@ impl<T: Scalar> Transformer<T> {
             parameters: &self.parameters.layers[unit],
             learning: self.learning_of(unit),
             prepared,
+            buffers: &self.buffers,
         }
     }
 

@@ -23,10 +23,22 @@ use crate::{Error, Scalar};
 pub fn forward<T: Scalar>(table: ArrayView2<'_, T>, tokens: ArrayView1<'_, u32>) -> Result<Array2<T>, Error> {
     check_tokens(tokens, table.nrows())?;
     let mut y = rows::zeros("y", (tokens.len(), table.ncols()))?;
-    rows::map(y.dim(), [], [&mut y], |i, [], [y]| {
+    forward_into(table, tokens, &mut y)?;
+    Ok(y)
+}
+
+/// As [`forward`], into an array in standard layout.
+pub(crate) fn forward_into<T: Scalar>(
+    table: ArrayView2<'_, T>,
+    tokens: ArrayView1<'_, u32>,
+    y: &mut Array2<T>,
+) -> Result<(), Error> {
+    check_tokens(tokens, table.nrows())?;
+    check_shape("y", &[tokens.len(), table.ncols()], y.shape())?;
+    rows::map(y.dim(), [], [y], |i, [], [y]| {
         ArrayViewMut1::from(y).assign(&table.row(tokens[i] as usize)); // (1)
     });
-    Ok(y)
+    Ok(())
 }
 
 /// Adds d_y to the rows of `d_table` that [`forward`] looked up, formula (2).

@@ -18,7 +18,7 @@ use ndarray::{Array2, ArrayView2};
 use super::rows;
 use super::silu::sigmoid;
 use super::simd::{fused, on_best_simd};
-use crate::error::check_shape;
+use crate::error::{check_shape, checked_len};
 use crate::{Error, Scalar};
 
 /// y = gelu(x), formula (1). Absolute error at most 4 epsilon |x|.
@@ -30,8 +30,13 @@ use crate::{Error, Scalar};
 /// `TooLarge` for a broadcast view that no array could hold.
 pub fn forward<T: Scalar>(x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     let mut y = rows::zeros("y", x.dim())?;
-    rows::map(x.dim(), [x], [&mut y], |_, [x], [y]| on_best_simd!(simd => forward_row(fused(simd), x, y)));
+    forward_into(x, &mut y);
     Ok(y)
+}
+
+/// As [`forward`], on shapes that fit, into an array in standard layout.
+pub(crate) fn forward_into<T: Scalar>(x: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    rows::map(x.dim(), [x], [y], |_, [x], [y]| on_best_simd!(simd => forward_row(fused(simd), x, y)));
 }
 
 #[inline(always)]
@@ -50,25 +55,26 @@ fn forward_row<T: Scalar>(fused: bool, x: &[T], y: &mut [T]) {
 /// `Shape` if `d_y` is not shaped as `x`.
 pub fn backward<T: Scalar>(x: ArrayView2<'_, T>, d_y: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("d_y", x.shape(), d_y.shape())?;
-    let mut d_x = rows::zeros("d_x", x.dim())?;
-    rows::map(
-        x.dim(),
-        [x, d_y],
-        [&mut d_x],
-        |_, [x, d_y], [d_x]| on_best_simd!(simd => backward_row(fused(simd), x, d_y, d_x)),
-    );
+    checked_len("d_x", x.shape())?;
+    let mut d_x = d_y.as_standard_layout().into_owned();
+    backward_in_place(x, &mut d_x);
     Ok(d_x)
 }
 
+/// As [`backward`], on shapes that fit: `d` comes as d_y, in standard layout, and leaves as d_x.
+pub(crate) fn backward_in_place<T: Scalar>(x: ArrayView2<'_, T>, d: &mut Array2<T>) {
+    rows::map(x.dim(), [x], [d], |_, [x], [d]| on_best_simd!(simd => backward_row(fused(simd), x, d)));
+}
+
 #[inline(always)]
-fn backward_row<T: Scalar>(fused: bool, x: &[T], d_y: &[T], d_x: &mut [T]) {
+fn backward_row<T: Scalar>(fused: bool, x: &[T], d: &mut [T]) {
     let end = T::from_f64(16.0);
-    for ((&x, &d_y), d_x) in x.iter().zip(d_y).zip(d_x) {
+    for (&x, d) in x.iter().zip(d) {
         let x = if x > end { end } else { x };
         let x = if x < -end { -end } else { x };
         let (s, rest) = sigmoid(fused, argument(x));
         let slope = T::from_f64(SCALE) + T::from_f64(3.0 * SCALE * CUBIC) * x * x;
-        *d_x = d_y * (s + x * s * rest * slope); // (2)
+        *d *= s + x * s * rest * slope; // (2)
     }
 }
 

@@ -38,6 +38,11 @@ pub fn forward<T: Scalar>(
     Ok(y)
 }
 
+/// As [`forward`] without a bias, on shapes that fit, into an array whose numbers do not matter.
+pub(crate) fn forward_into<T: Scalar>(x: ArrayView2<'_, T>, w: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    matmul::parallel_product_into(x, w, y.view_mut()); // (1)
+}
+
 /// d_x of [`forward`]; `d_w` and `d_bias` are added to. Formula (2).
 ///
 /// # Shapes
@@ -55,6 +60,21 @@ pub fn backward<T: Scalar>(
     checked_len("d_x", x.shape())?;
     backward_weights(x, w, d_y, d_w, d_bias)?;
     Ok(matmul::parallel_product(d_y, w.t()))
+}
+
+/// As [`backward`], into an array `d_x` whose numbers do not matter.
+pub(crate) fn backward_into<T: Scalar>(
+    x: ArrayView2<'_, T>,
+    w: ArrayView2<'_, T>,
+    d_y: ArrayView2<'_, T>,
+    d_w: ArrayViewMut2<'_, T>,
+    d_bias: Option<ArrayViewMut1<'_, T>>,
+    d_x: &mut Array2<T>,
+) -> Result<(), Error> {
+    check_shape("d_x", x.shape(), d_x.shape())?;
+    backward_weights(x, w, d_y, d_w, d_bias)?;
+    matmul::parallel_product_into(d_y, w.t(), d_x.view_mut());
+    Ok(())
 }
 
 /// As [`backward`], with `d_x` added to as well: for an `x` that feeds several maps.

@@ -17,7 +17,7 @@ use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1};
 
 use super::rows;
 use super::simd::on_best_simd;
-use crate::error::check_shape;
+use crate::error::{check_shape, checked_len};
 use crate::{Error, Scalar};
 
 /// Added to the mean square, so that a row of zeros has a norm.
@@ -110,15 +110,28 @@ pub fn forward_affine<T: Scalar>(
     gain: ArrayView1<'_, T>,
     bias: ArrayView1<'_, T>,
 ) -> Result<(Array2<T>, Saved<T>), Error> {
+    let mut y = rows::zeros("y", x.dim())?;
+    let saved = forward_affine_into(x, gain, bias, &mut y)?;
+    Ok((y, saved))
+}
+
+/// As [`forward_affine`], into an array in standard layout.
+pub(crate) fn forward_affine_into<T: Scalar>(
+    x: ArrayView2<'_, T>,
+    gain: ArrayView1<'_, T>,
+    bias: ArrayView1<'_, T>,
+    y: &mut Array2<T>,
+) -> Result<Saved<T>, Error> {
     check_groups(x.ncols(), 1)?;
     check_shape("gain", &[x.ncols()], gain.shape())?;
     check_shape("bias", &[x.ncols()], bias.shape())?;
+    check_shape("y", x.shape(), y.shape())?;
     let (gain, bias) = (gain.to_vec(), bias.to_vec());
-    let (mut y, mut inverse_rms) = (rows::zeros("y", x.dim())?, rows::zeros("saved", (x.nrows(), 1))?);
-    rows::map(x.dim(), [x], [&mut y, &mut inverse_rms], |_, [x], [y, r]| {
+    let mut inverse_rms = rows::zeros("saved", (x.nrows(), 1))?;
+    rows::map(x.dim(), [x], [y, &mut inverse_rms], |_, [x], [y, r]| {
         on_best_simd!(forward_affine_row(x, &gain, &bias, y, r))
     });
-    Ok((y, Saved { inverse_rms }))
+    Ok(Saved { inverse_rms })
 }
 
 #[inline(always)]
@@ -146,20 +159,34 @@ pub fn backward_affine<T: Scalar>(
     d_bias: ArrayViewMut1<'_, T>,
 ) -> Result<Array2<T>, Error> {
     check_groups(x.ncols(), 1)?;
+    check_shape("d_y", x.shape(), d_y.shape())?;
+    checked_len("d_x", x.shape())?;
+    let mut d_x = d_y.as_standard_layout().into_owned();
+    backward_affine_in_place(x, saved, gain, &mut d_x, d_gain, d_bias)?;
+    Ok(d_x)
+}
+
+/// As [`backward_affine`]: `d` comes as d_y, in standard layout, and leaves as d_x.
+pub(crate) fn backward_affine_in_place<T: Scalar>(
+    x: ArrayView2<'_, T>,
+    saved: &Saved<T>,
+    gain: ArrayView1<'_, T>,
+    d: &mut Array2<T>,
+    d_gain: ArrayViewMut1<'_, T>,
+    d_bias: ArrayViewMut1<'_, T>,
+) -> Result<(), Error> {
+    check_groups(x.ncols(), 1)?;
     check_shape("saved", &[x.nrows(), 1], saved.inverse_rms.shape())?;
     check_shape("gain", &[x.ncols()], gain.shape())?;
-    check_shape("d_y", x.shape(), d_y.shape())?;
+    check_shape("d_y", x.shape(), d.shape())?;
     check_shape("d_gain", &[x.ncols()], d_gain.shape())?;
     check_shape("d_bias", &[x.ncols()], d_bias.shape())?;
-    let mut d_x = rows::zeros("d_x", x.dim())?;
     let (gain, r) = (gain.to_vec(), saved.inverse_rms.view());
-    rows::add_up([x, r, d_y], [d_gain, d_bias], |[x, r, d_y], [d_gain, d_bias]| {
+    rows::add_up([x, r, d.view()], [d_gain, d_bias], |[x, r, d_y], [d_gain, d_bias]| {
         on_best_simd!(add_gain_and_bias(x, r[0], d_y, d_gain, d_bias))
     });
-    rows::map(x.dim(), [x, r, d_y], [&mut d_x], |_, [x, r, d_y], [d_x]| {
-        on_best_simd!(backward_affine_row(x, r[0], &gain, d_y, d_x))
-    });
-    Ok(d_x)
+    rows::map(x.dim(), [x, r], [d], |_, [x, r], [d]| on_best_simd!(backward_affine_row(x, r[0], &gain, d)));
+    Ok(())
 }
 
 #[inline(always)]
@@ -171,13 +198,13 @@ fn add_gain_and_bias<T: Scalar>(x: &[T], r: T, d_y: &[T], d_gain: &mut [T], d_bi
 }
 
 #[inline(always)]
-fn backward_affine_row<T: Scalar>(x: &[T], r: T, gain: &[T], d_y: &[T], d_x: &mut [T]) {
-    for ((d_x, &d_y), &gain) in d_x.iter_mut().zip(d_y).zip(gain) {
-        *d_x = d_y * gain;
+fn backward_affine_row<T: Scalar>(x: &[T], r: T, gain: &[T], d: &mut [T]) {
+    for (d, &gain) in d.iter_mut().zip(gain) {
+        *d *= gain;
     }
-    let mean = rows::dot(d_x, x) * r / T::from_f64(x.len() as f64);
-    for (d_x, &x) in d_x.iter_mut().zip(x) {
-        *d_x = r * (*d_x - x * r * mean); // (3)
+    let mean = rows::dot(d, x) * r / T::from_f64(x.len() as f64);
+    for (d, &x) in d.iter_mut().zip(x) {
+        *d = r * (*d - x * r * mean); // (3)
     }
 }
 

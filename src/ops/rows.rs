@@ -8,6 +8,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Co
 use rayon::prelude::*;
 
 use crate::error::checked_len;
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// Elements that one task takes: tens of microseconds of work, far above what giving it to another thread costs.
@@ -76,6 +77,21 @@ pub(crate) fn map<T: Scalar, R: Send, const IN: usize, const OUT: usize>(
             .collect()
     };
     tasks.into_par_iter().flat_map_iter(run).collect()
+}
+
+/// y <- y + x.
+///
+/// # Shapes
+/// `x` and `y` [N, width], `y` in standard layout.
+pub(crate) fn add<T: Scalar>(x: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    map(x.dim(), [x], [y], |_, [x], [y]| on_best_simd!(add_row(x, y)));
+}
+
+#[inline(always)]
+fn add_row<T: Scalar>(x: &[T], y: &mut [T]) {
+    for (&x, y) in x.iter().zip(y) {
+        *y += x;
+    }
 }
 
 /// Lets `f` add each row of the inputs to the sums: one partial sum per task, the partial sums in the order of the rows.

@@ -27,8 +27,13 @@ use crate::{Error, Scalar};
 /// `TooLarge` for a broadcast view that no array could hold.
 pub fn forward<T: Scalar>(x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     let mut y = rows::zeros("y", x.dim())?;
-    rows::map(x.dim(), [x], [&mut y], |_, [x], [y]| on_best_simd!(simd => forward_row(fused(simd), x, y)));
+    forward_into(x, &mut y);
     Ok(y)
+}
+
+/// As [`forward`], on shapes that fit, into an array in standard layout.
+pub(crate) fn forward_into<T: Scalar>(x: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    rows::map(x.dim(), [x], [y], |_, [x], [y]| on_best_simd!(simd => forward_row(fused(simd), x, y)));
 }
 
 #[inline(always)]

@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::{Encoder, EncoderConfig, EncoderParameters};
 use crate::codebook::{Codebook, Learning};
@@ -91,6 +92,6 @@ impl<T: Scalar> Encoder<T> {
         let dim = (config.key_heads(), config.n_codes, config.d_k);
         let codebook = |i| read_ema(i, dim, config.codebook_decay, &file).map(Codebook::ema);
         let codebooks = (0..config.n_layers).map(codebook).collect::<Result<Vec<_>, _>>()?;
-        Ok(Encoder { config, parameters, codebooks })
+        Ok(Encoder { config, parameters, codebooks, buffers: Arc::default() })
     }
 }

@@ -13,11 +13,14 @@
 //!
 //! Read in this order: [`EncoderConfig`], `unit`, `passes`, [`EncoderBatch`].
 
+use std::sync::Arc;
+
 use ndarray::{Array2, Array3, ArrayView2};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::ParameterMut;
+use super::buffers::Buffers;
 use super::parameters::standard_normal;
 use super::transformer::check_tokens;
 use crate::codebook::{CodeStats, Codebook, Ema, start};
@@ -35,6 +38,7 @@ mod unit;
 pub use config::{EncoderConfig, EncoderHead};
 pub use loss::{EncoderBatch, EncoderLoss};
 pub use parameters::{EncoderParameters, EncoderUnitParameters};
+use passes::Forward;
 use unit::Unit;
 
 /// An encoder with bidirectional attention in linear time.
@@ -57,6 +61,8 @@ pub struct Encoder<T = f32> {
     parameters: EncoderParameters<T>,
     /// One per unit, all moving averages.
     codebooks: Vec<Codebook<T>>,
+    /// Copies of the encoder share them.
+    buffers: Arc<Buffers<T>>,
 }
 
 /// Tokens and where they exist, to logits or the stream.
@@ -89,7 +95,7 @@ impl Encoder<f32> {
             ema.map(Codebook::ema)
         };
         let codebooks = (0..config.n_layers).map(begin).collect::<Result<_, _>>()?;
-        Ok(Encoder { config, parameters, codebooks })
+        Ok(Encoder { config, parameters, codebooks, buffers: Arc::default() })
     }
 }
 
@@ -100,6 +106,7 @@ impl<T: Scalar> Encoder<T> {
             config: self.config.clone(),
             parameters: self.parameters.cast(&self.config),
             codebooks: self.codebooks.iter().map(Codebook::cast).collect(),
+            buffers: Arc::default(),
         }
     }
 
@@ -139,7 +146,11 @@ impl<T: Scalar> Encoder<T> {
     ) -> Result<Array3<T>, Error> {
         compiled_here!(
             T,
-            |encoder, tokens, exists| Ok(encoder.run(tokens, &encoder.check(tokens, exists)?)?.logits),
+            |encoder, tokens, exists| {
+                let Forward { logits, saved, .. } = encoder.run(tokens, &encoder.check(tokens, exists)?)?;
+                saved.give(&encoder.buffers);
+                Ok(logits)
+            },
             Pass<T>
         )(self, tokens, exists)
     }
@@ -158,7 +169,11 @@ impl<T: Scalar> Encoder<T> {
     ) -> Result<Array3<T>, Error> {
         compiled_here!(
             T,
-            |encoder, tokens, exists| Ok(encoder.run(tokens, &encoder.check(tokens, exists)?)?.stream),
+            |encoder, tokens, exists| {
+                let Forward { stream, saved, .. } = encoder.run(tokens, &encoder.check(tokens, exists)?)?;
+                saved.give(&encoder.buffers);
+                Ok(stream)
+            },
             Pass<T>
         )(self, tokens, exists)
     }
@@ -222,6 +237,7 @@ impl<T: Scalar> Encoder<T> {
             codebook: &self.codebooks[i],
             batch: exists.nrows(),
             exists: exists.view(),
+            buffers: &self.buffers,
         }
     }
 

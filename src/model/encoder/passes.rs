@@ -6,6 +6,7 @@ use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis};
 
 use super::{Encoder, EncoderHead, EncoderParameters, EncoderUnitReport, unit};
 use crate::model::NormParameters;
+use crate::model::buffers::Buffers;
 use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
 
@@ -15,6 +16,14 @@ pub(super) struct Saved<T> {
     units: Vec<unit::Saved<T>>,
     x: Array2<T>,
     final_norm: rms_norm::Saved<T>,
+}
+
+impl<T: Scalar> Saved<T> {
+    /// Gives back what no backward is to need.
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.units.into_iter().for_each(|unit| unit.give(buffers));
+        buffers.give(self.x);
+    }
 }
 
 /// What forward gives.
@@ -34,6 +43,7 @@ impl<T: Scalar> Encoder<T> {
         tokens: ArrayView2<'_, u32>,
         exists: &Array2<bool>,
     ) -> Result<Forward<T>, Error> {
+        self.buffers.begin_pass();
         let (b, t) = tokens.dim();
         let (mut x, tokens) = self.embed(tokens, exists)?; // (1)
         let (mut reports, mut units) = (vec![], vec![]);
@@ -67,6 +77,7 @@ impl<T: Scalar> Encoder<T> {
         d_logits: &Array2<T>,
         d: &mut EncoderParameters<T>,
     ) -> Result<(), Error> {
+        self.buffers.begin_pass();
         let Saved { tokens, units, x, final_norm } = saved;
         let p = &self.parameters;
         let NormParameters { gain, bias } = &p.final_norm;
@@ -91,8 +102,10 @@ impl<T: Scalar> Encoder<T> {
         // (3)
         let (d_gain, d_bias) = (d.final_norm.gain.view_mut(), d.final_norm.bias.view_mut());
         let d_stream = d_stream.view();
-        let mut d_x =
-            rms_norm::backward_affine(x.view(), &final_norm, gain.view(), d_stream, d_gain, d_bias)?;
+        let mut d_x = self.buffers.take(x.dim());
+        d_x.assign(&d_stream);
+        rms_norm::backward_affine_in_place(x.view(), &final_norm, gain.view(), &mut d_x, d_gain, d_bias)?;
+        self.buffers.give(x);
         // (2)
         for (i, (saved, d)) in units.into_iter().zip(&mut d.layers).enumerate().rev() {
             d_x = self.unit(i, exists).backward(saved, d_x, d)?;
@@ -101,7 +114,9 @@ impl<T: Scalar> Encoder<T> {
         let sinusoids = self.sinusoids(exists.ncols())?;
         let sum = |rows: ArrayView2<'_, T>| (&rows * &sinusoids).sum();
         d.position_scale[0] += d_x.axis_chunks_iter(Axis(0), exists.ncols()).map(sum).sum::<T>();
-        embedding::backward(tokens.view(), d_x.view(), d.embedding.view_mut())
+        embedding::backward(tokens.view(), d_x.view(), d.embedding.view_mut())?;
+        self.buffers.give(d_x);
+        Ok(())
     }
 
     /// (1) and the tokens that it read, sequence after sequence: where none exists, token 0, whatever stands there.
@@ -112,7 +127,9 @@ impl<T: Scalar> Encoder<T> {
     ) -> Result<(Array2<T>, Array1<u32>), Error> {
         let pairs = tokens.iter().zip(exists);
         let read: Array1<u32> = pairs.map(|(&token, &exists)| if exists { token } else { 0 }).collect();
-        let mut x = embedding::forward(self.parameters.embedding.view(), read.view())?;
+        let table = self.parameters.embedding.view();
+        let mut x = self.buffers.take((read.len(), table.ncols()));
+        embedding::forward_into(table, read.view(), &mut x)?;
         let sinusoids = self.sinusoids(tokens.ncols())? * self.parameters.position_scale[0];
         x.axis_chunks_iter_mut(Axis(0), tokens.ncols()).for_each(|mut rows| rows += &sinusoids);
         Ok((x, read))
@@ -145,4 +162,45 @@ fn existing(exists: ArrayView1<'_, bool>) -> impl Iterator<Item = usize> {
 /// 1 / n of a mean over n positions that exist.
 fn weight_of_mean<T: Scalar>(exists: ArrayView1<'_, bool>) -> T {
     T::from_f64(1.0 / existing(exists).count() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use crate::model::{Encoder, EncoderBatch, EncoderConfig, FeedForward, FeedForwardKind};
+
+    /// As in `buffers`: what a pass takes it gives back, and nothing else.
+    #[test]
+    fn passes_alike_take_the_same_arrays() {
+        let feed_forward = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 128 });
+        let small = EncoderConfig {
+            vocab_size: 4,
+            d_model: 64,
+            d_k: 8,
+            d_v: 64,
+            n_codes: 8,
+            n_layers: 2,
+            ..EncoderConfig::default()
+        };
+        for config in [
+            EncoderConfig { feed_forward, ..small.clone() },
+            EncoderConfig { gate: false, n_heads: 2, ..small },
+        ] {
+            let encoder = Encoder::new(config, 1).unwrap();
+            let tokens = Array2::from_shape_fn((2, 4096), |(b, t)| (b as u32 + t as u32 / 3) % 4);
+            let batch =
+                EncoderBatch { tokens: tokens.view(), exists: None, targets: tokens.view(), counted: None };
+            let mut kept = vec![];
+            for _ in 0..6 {
+                encoder.loss_and_gradients(&batch).unwrap();
+                kept.push(encoder.buffers.places());
+            }
+            assert!(kept[0].len() > 4);
+            assert_eq!(kept[1], kept[5]);
+            encoder.encode(tokens.view(), None).unwrap();
+            encoder.forward(tokens.view(), None).unwrap();
+            assert_eq!(kept[5], encoder.buffers.places());
+        }
+    }
 }

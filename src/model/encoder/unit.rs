@@ -14,12 +14,16 @@
 use ndarray::{Array2, Array4, ArrayView2};
 
 use super::{EncoderConfig, EncoderUnitParameters, EncoderUnitReport};
-use crate::attention::{BidirectionalGradients, BidirectionalInputs, BidirectionalSaved};
+use crate::attention::{
+    BidirectionalGradients, BidirectionalInputs, BidirectionalOutput, BidirectionalSaved,
+};
 use crate::codebook::Codebook;
+use crate::model::buffers::Buffers;
 use crate::model::layer::feed_forward;
 use crate::model::layer::projections::{
     Activated, Projected, ProjectionGradients, Projections, per_head, rows,
 };
+use crate::ops::rows::add;
 use crate::{Error, Scalar};
 
 /// What backward needs of forward.
@@ -42,6 +46,7 @@ pub(super) struct Unit<'a, T> {
     pub batch: usize,
     /// Positions that exist [B, T].
     pub exists: ArrayView2<'a, bool>,
+    pub buffers: &'a Buffers<T>,
 }
 
 impl<T: Scalar> Unit<'_, T> {
@@ -52,14 +57,19 @@ impl<T: Scalar> Unit<'_, T> {
         let projected = projections.project(&x)?; // (1)
         let activated = projections.activate(&projected)?; // (2)
         let inputs = self.inputs(&projected, &activated);
-        let (output, attention) = self.config.attention.forward(&inputs, self.codebook)?; // (3)
+        let (b, h, t, _) = inputs.q.dim();
+        let out = self.buffers.take_heads((b, h, t), self.config.d_v);
+        let mut output = BidirectionalOutput { out, ..BidirectionalOutput::default() };
+        let attention = self.config.attention.forward_into(&inputs, self.codebook, &mut output)?; // (3)
         let report = EncoderUnitReport { stats: output.stats, commit_loss: output.commit_loss };
         let out = rows(output.out);
-        let mut y = projections.branch(&out, &projected, activated)? + &x; // (4)
+        let mut y = projections.branch(&out, &projected, activated);
+        add(x.view(), &mut y); // (4)
         let mut saved = Saved { x, projected, out, attention, feed_forward: None };
         if let Some(parameters) = &self.parameters.feed_forward {
-            let (branch, of_branch) = feed_forward::forward(parameters, y, None)?;
-            y = branch + &of_branch.x; // (5)
+            let of_branch;
+            (y, of_branch) = feed_forward::forward(parameters, y, None, self.buffers)?;
+            add(of_branch.x.view(), &mut y); // (5)
             saved.feed_forward = Some(of_branch);
         }
         Ok((y, report, saved))
@@ -82,22 +92,31 @@ impl<T: Scalar> Unit<'_, T> {
         // (5)
         let parameters = p.feed_forward.as_ref().zip(d.feed_forward.as_mut());
         if let (Some((p, d)), Some(saved)) = (parameters, feed_forward) {
-            let d_x = feed_forward::backward(p, saved, &d_y, d)?;
-            d_y += &d_x;
+            let d_x = feed_forward::backward(p, saved, &d_y, d, self.buffers)?;
+            add(d_x.view(), &mut d_y);
+            self.buffers.give(d_x);
         }
         // (4)
         let (d_out, d_gate) = projections.branch_backward(&out, &projected, &d_y, &mut gradients(d))?;
         // (3)
         let activated = projections.activate(&projected)?;
         let inputs = self.inputs(&projected, &activated);
-        let d_out = per_head(&d_out, self.batch, config.n_heads);
         let (estimator, weight) = (config.estimator, config.commit_weight);
-        let d_attention = config.attention.backward(&inputs, attention, d_out, estimator, weight)?;
+        let (b, key_heads, t, d_v) = inputs.v.dim();
+        let v = self.buffers.take_heads((b, key_heads, t), d_v);
+        let mut d_attention = BidirectionalGradients { v, ..BidirectionalGradients::default() };
+        let of_heads = per_head(&d_out, self.batch, config.n_heads);
+        config.attention.backward_into(&inputs, attention, of_heads, estimator, weight, &mut d_attention)?;
+        [out, d_out].into_iter().for_each(|array| self.buffers.give(array));
         // (2), (1)
         let BidirectionalGradients { q, k, v, .. } = d_attention;
         let d_heads = [q, k, v];
         let d_x = projections.backward(&x, (&projected, &activated), d_heads, d_gate, &mut gradients(d))?;
-        Ok(d_x + &d_y)
+        add(d_x.view(), &mut d_y);
+        activated.give(self.buffers);
+        projected.give(self.buffers);
+        [x, d_x].into_iter().for_each(|array| self.buffers.give(array));
+        Ok(d_y)
     }
 
     fn projections(&self) -> Projections<'_, T> {
@@ -113,6 +132,7 @@ impl<T: Scalar> Unit<'_, T> {
             key_heads: self.config.key_heads(),
             scale: T::from_f64(self.config.key_scale()),
             prepared: None,
+            buffers: self.buffers,
         }
     }
 
@@ -123,6 +143,15 @@ impl<T: Scalar> Unit<'_, T> {
     ) -> BidirectionalInputs<'s, T> {
         let [q, k, v] = self.projections().heads(projected, activated, self.batch);
         BidirectionalInputs { q, k, v, key_mask: Some(self.exists) }
+    }
+}
+
+impl<T: Scalar> Saved<T> {
+    /// Gives back what no backward is to need.
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.projected.give(buffers);
+        [self.x, self.out].into_iter().for_each(|array| buffers.give(array));
+        self.feed_forward.into_iter().for_each(|saved| saved.give(buffers));
     }
 }
 

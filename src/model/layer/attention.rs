@@ -16,6 +16,7 @@ use super::projections::{Activated, Projected, ProjectionGradients, Projections,
 use super::report::{LayerReport, PieceReport};
 use crate::attention::{BatchBiases, BatchGradients, BatchInputs};
 use crate::codebook::codebook_loss;
+use crate::model::buffers::Buffers;
 use crate::model::parameters::LayerParameters;
 use crate::model::{CodewordGradient, UnitState};
 use crate::ops::matmul::add_product;
@@ -49,7 +50,7 @@ impl<T: Scalar> Layer<'_, T> {
             report.keys = Some(inputs.k.to_owned());
         }
         let out = rows(out);
-        let branch = projections.branch(&out, &projected, activated)?; // (5)
+        let branch = projections.branch(&out, &projected, activated); // (5)
         Ok((branch, report, Saved { x, projected, out, core }))
     }
 
@@ -64,7 +65,10 @@ impl<T: Scalar> Layer<'_, T> {
         let activated = projections.activate(&projected)?;
         let inputs = self.attention_inputs(&projected, &activated, states.dim().0, None);
         let (out, report) = self.attend_heads_to_infer(&inputs, states);
-        Ok((projections.branch(&rows(out), &projected, activated)?, report))
+        let out = rows(out);
+        let branch = projections.branch(&out, &projected, activated);
+        projected.give(self.buffers);
+        Ok((branch, report))
     }
 
     /// The keys [B, Hk, T, K] of `x` [B T, D].
@@ -90,8 +94,10 @@ impl<T: Scalar> Layer<'_, T> {
         // (4)
         let activated = projections.activate(&projected)?;
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
-        let [out, d_out] = [&out, &d_out].map(|rows| per_head(rows, batch, self.config.n_heads));
-        let (d_attention, stats) = self.attend_heads_backward(&inputs, core, out, d_out);
+        let of_heads = [&out, &d_out].map(|rows| per_head(rows, batch, self.config.n_heads));
+        let (d_attention, stats) = self.attend_heads_backward(&inputs, core, of_heads);
+        self.buffers.give(out);
+        self.buffers.give(d_out);
         let learning = self.config.learning.gradient().zip(self.learning);
         if let (Some((gradient, learning)), Some(stats)) = (learning, stats) {
             let CodewordGradient { codebook_weight, from_attention } = gradient;
@@ -113,7 +119,12 @@ impl<T: Scalar> Layer<'_, T> {
         }
         // (2), (1)
         let BatchGradients { q, k, v, .. } = d_attention;
-        projections.backward(&x, (&projected, &activated), [q, k, v], d_gate, &mut gradients(d))
+        let (d_heads, forward) = ([q, k, v], (&projected, &activated));
+        let d_x = projections.backward(&x, forward, d_heads, d_gate, &mut gradients(d))?;
+        activated.give(self.buffers);
+        projected.give(self.buffers);
+        self.buffers.give(x);
+        Ok(d_x)
     }
 
     fn scale(&self) -> T {
@@ -133,6 +144,7 @@ impl<T: Scalar> Layer<'_, T> {
             key_heads: self.config.key_heads(),
             scale: self.scale(),
             prepared: Some(self.prepared),
+            buffers: self.buffers,
         }
     }
 
@@ -153,6 +165,15 @@ impl<T: Scalar> Layer<'_, T> {
             mask,
             ..BatchInputs::new(q, k, v)
         }
+    }
+}
+
+impl<T> Saved<T> {
+    /// Gives back what no backward is to need.
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.projected.give(buffers);
+        buffers.give(self.x);
+        buffers.give(self.out);
     }
 }
 

@@ -10,6 +10,7 @@ use crate::attention::quadratic::{self, KeyValues};
 use crate::attention::{BatchBiasGradients, BatchGradients, BatchInputs, BatchOutput, BatchSaved, Biases};
 use crate::codebook::CodeStats;
 use crate::model::UnitState;
+use crate::model::buffers::Buffers;
 
 /// What backward needs of forward.
 #[derive(Debug, Clone)]
@@ -36,7 +37,9 @@ impl<T: Scalar> Layer<'_, T> {
     ) -> (Array4<T>, LayerReport<T>, Saved<T>) {
         match states {
             UnitState::Quantized(states) => {
-                let mut output = BatchOutput::default();
+                let (b, h, t, _) = inputs.q.dim();
+                let out = self.buffers.take_heads((b, h, t), self.config.d_v);
+                let mut output = BatchOutput { out, ..BatchOutput::default() };
                 let table = self.prepared.table();
                 let (attention, _) = self.attention.forward_unchecked(inputs, table, states, &mut output);
                 let BatchOutput { out, stats, commit_loss, cached_mass, .. } = output;
@@ -46,7 +49,7 @@ impl<T: Scalar> Layer<'_, T> {
                 (out, report, Saved::Quantized { attention: Box::new(attention), stats: kept })
             }
             UnitState::Quadratic(states) => {
-                let (out, lse) = attend_exactly(inputs, states);
+                let (out, lse) = attend_exactly(inputs, states, self.buffers);
                 let stats = CodeStats::default();
                 let report = LayerReport { stats, commit_loss: 0.0, cached_mass: 0.0, keys: None };
                 (out, report, Saved::Quadratic { all: states.clone(), lse })
@@ -69,7 +72,7 @@ impl<T: Scalar> Layer<'_, T> {
                 (out, PieceReport { commit_loss, cached_mass: mean_mass(&cached_mass) })
             }
             UnitState::Quadratic(states) => {
-                let (out, _) = attend_exactly(inputs, states);
+                let (out, _) = attend_exactly(inputs, states, self.buffers);
                 (out, PieceReport { commit_loss: 0.0, cached_mass: 0.0 })
             }
         }
@@ -81,17 +84,20 @@ impl<T: Scalar> Layer<'_, T> {
         &self,
         inputs: &BatchInputs<'_, T>,
         saved: Saved<T>,
-        out: ArrayView4<'_, T>,
-        d_out: ArrayView4<'_, T>,
+        [out, d_out]: [ArrayView4<'_, T>; 2],
     ) -> (BatchGradients<T>, Option<CodeStats<T>>) {
         match saved {
             Saved::Quantized { attention, stats } => {
                 let (weight, estimator) = (self.config.commit_weight, self.config.estimator);
-                let mut d = BatchGradients::default();
+                let (b, n_key_heads, t, d_v) = inputs.v.dim();
+                let v = self.buffers.take_heads((b, n_key_heads, t), d_v);
+                let mut d = BatchGradients { v, ..BatchGradients::default() };
                 self.attention.backward_unchecked(inputs, *attention, d_out, estimator, weight, &mut d);
                 (d, stats)
             }
-            Saved::Quadratic { all, lse } => (backward_exactly(inputs, &all, out, &lse, d_out), None),
+            Saved::Quadratic { all, lse } => {
+                (backward_exactly(inputs, &all, (out, &lse), d_out, self.buffers), None)
+            }
         }
     }
 }
@@ -114,6 +120,7 @@ fn by_token<T: Scalar>((b, h, t): (usize, usize, usize), width: usize) -> Array4
 fn attend_exactly<T: Scalar>(
     inputs: &BatchInputs<'_, T>,
     states: &mut Array2<KeyValues<T>>,
+    buffers: &Buffers<T>,
 ) -> (Array4<T>, Array3<T>) {
     for ((b, h), state) in states.indexed_iter_mut() {
         state.append(inputs.k.slice(s![b, h, .., ..]), inputs.v.slice(s![b, h, .., ..]));
@@ -125,7 +132,7 @@ fn attend_exactly<T: Scalar>(
         quadratic::attend_unchecked(q, biases_of(inputs, h, group), &states[[b, h / group]])
     };
     let of_heads: Vec<_> = (0..b * h).into_par_iter().map(attend).collect();
-    let mut out = by_token((b, h, t), inputs.v.len_of(Axis(3)));
+    let mut out = buffers.take_heads((b, h, t), inputs.v.len_of(Axis(3)));
     let mut lse = Array3::zeros((b, h, t));
     for (n, (out_of_head, lse_of_head)) in of_heads.into_iter().enumerate() {
         out.slice_mut(s![n / h, n % h, .., ..]).assign(&out_of_head);
@@ -138,9 +145,9 @@ fn attend_exactly<T: Scalar>(
 fn backward_exactly<T: Scalar>(
     inputs: &BatchInputs<'_, T>,
     all: &Array2<KeyValues<T>>,
-    out: ArrayView4<'_, T>,
-    lse: &Array3<T>,
+    (out, lse): (ArrayView4<'_, T>, &Array3<T>),
     d_out: ArrayView4<'_, T>,
+    buffers: &Buffers<T>,
 ) -> BatchGradients<T> {
     let ((b, h, t, k), (_, n_key_heads, _, d_v), group) = (inputs.q.dim(), inputs.v.dim(), inputs.group());
     let backward = |n: usize| {
@@ -159,7 +166,7 @@ fn backward_exactly<T: Scalar>(
     let mut d = BatchGradients {
         q: by_token((b, h, t), k),
         k: by_token((b, n_key_heads, t), k),
-        v: by_token((b, n_key_heads, t), d_v),
+        v: buffers.take_heads((b, n_key_heads, t), d_v),
         codewords: Array3::default((0, 0, 0)),
         biases: inputs.biases.as_ref().map(|biases| BatchBiasGradients {
             content: Array2::zeros(biases.content.raw_dim()),
@@ -167,6 +174,7 @@ fn backward_exactly<T: Scalar>(
             relative: Array3::zeros(biases.relative.raw_dim()),
         }),
     };
+    d.v.fill(T::zero());
     for (n, of_head) in of_heads.into_iter().enumerate() {
         let (b, h, key_head) = (n / h, n % h, n % h / group);
         d.q.slice_mut(s![b, h, .., ..]).assign(&of_head.q);

@@ -11,6 +11,7 @@
 use ndarray::{Array2, s};
 
 use super::prepared::Prepared;
+use crate::model::buffers::Buffers;
 use crate::model::parameters::{FeedForwardParameters, NormParameters};
 use crate::ops::{gelu, linear, rms_norm, silu};
 use crate::{Error, Scalar};
@@ -32,11 +33,27 @@ struct Projected<T> {
 
 impl<T: Scalar> Projected<T> {
     /// (2)
-    fn activate(&self) -> Result<Array2<T>, Error> {
+    fn activate(&self, buffers: &Buffers<T>) -> Array2<T> {
+        let mut y = buffers.take(self.h.dim());
         match &self.gate {
-            Some(gate) => silu::gate(self.h.view(), gate.view()),
-            None => gelu::forward(self.h.view()),
+            Some(gate) => silu::gate_into(self.h.view(), gate.view(), &mut y),
+            None => gelu::forward_into(self.h.view(), &mut y),
         }
+        y
+    }
+}
+
+impl<T> Projected<T> {
+    fn give(self, buffers: &Buffers<T>) {
+        [self.h].into_iter().chain(self.gate).for_each(|array| buffers.give(array));
+    }
+}
+
+impl<T> Saved<T> {
+    /// Gives back what no backward is to need.
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.projected.give(buffers);
+        buffers.give(self.x);
     }
 }
 
@@ -45,8 +62,14 @@ pub(in crate::model) fn forward<T: Scalar>(
     p: &FeedForwardParameters<T>,
     x: Array2<T>,
     prepared: Option<&Prepared<T>>,
+    buffers: &Buffers<T>,
 ) -> Result<(Array2<T>, Saved<T>), Error> {
-    let (x_norm, norm) = normalize(p, &x)?; // (1)
+    let (x_norm, norm) = normalize(p, &x, buffers)?; // (1)
+    let product = |x: &Array2<T>, w: &Array2<T>| {
+        let mut y = buffers.take((x.nrows(), w.ncols()));
+        linear::forward_into(x.view(), w.view(), &mut y);
+        y
+    };
     let packed = prepared
         .and_then(|prepared| prepared.packed_for(&x_norm))
         .and_then(|packed| packed.feed_forward.as_ref());
@@ -58,15 +81,17 @@ pub(in crate::model) fn forward<T: Scalar>(
             Projected { h: all.slice(s![.., ..width]).to_owned(), gate }
         }
         None => {
-            let gate = p.w_gate.as_ref().map(|w| linear::forward(x_norm.view(), w.view(), None));
-            Projected { h: linear::forward(x_norm.view(), p.w_in.view(), None)?, gate: gate.transpose()? }
+            let gate = p.w_gate.as_ref().map(|w| product(&x_norm, w));
+            Projected { h: product(&x_norm, &p.w_in), gate }
         }
     };
-    let h = projected.activate()?;
+    buffers.give(x_norm);
+    let h = projected.activate(buffers);
     let branch = match packed {
         Some((_, output)) => output.product(h.view()),
-        None => linear::forward(h.view(), p.w_out.view(), None)?, // (3)
+        None => product(&h, &p.w_out), // (3)
     };
+    buffers.give(h);
     Ok((branch, Saved { x, norm, projected }))
 }
 
@@ -76,35 +101,47 @@ pub(in crate::model) fn backward<T: Scalar>(
     saved: Saved<T>,
     d_branch: &Array2<T>,
     d: &mut FeedForwardParameters<T>,
+    buffers: &Buffers<T>,
 ) -> Result<Array2<T>, Error> {
     let Saved { x, norm, projected } = saved;
     // (3)
-    let h = projected.activate()?;
-    let d_h = linear::backward(h.view(), p.w_out.view(), d_branch.view(), d.w_out.view_mut(), None)?;
-    drop(h);
-    // (2)
-    let (d_in, d_gate) = match &projected.gate {
+    let mut h = projected.activate(buffers);
+    let mut d_h = buffers.take(h.dim());
+    linear::backward_into(h.view(), p.w_out.view(), d_branch.view(), d.w_out.view_mut(), None, &mut d_h)?;
+    // (2): h makes room for its gradient's other half.
+    let (d_in, rest) = match &projected.gate {
         Some(gate) => {
-            let (d_in, d_gate) = silu::gate_backward(projected.h.view(), gate.view(), d_h.view())?;
-            (d_in, Some(d_gate))
+            silu::gate_backward_in_place(projected.h.view(), gate.view(), &mut d_h, &mut h);
+            (h, d_h)
         }
-        None => (gelu::backward(projected.h.view(), d_h.view())?, None),
+        None => {
+            gelu::backward_in_place(projected.h.view(), &mut d_h);
+            (d_h, h)
+        }
     };
-    let x_norm = normalize(p, &x)?.0;
-    let mut d_x_norm = linear::backward(x_norm.view(), p.w_in.view(), d_in.view(), d.w_in.view_mut(), None)?;
-    if let (Some(w), Some(d_w), Some(d_gate)) = (&p.w_gate, &mut d.w_gate, d_gate) {
-        let (d_w, d_x_norm) = (d_w.view_mut(), d_x_norm.view_mut());
-        linear::add_backward(x_norm.view(), w.view(), d_gate.view(), d_w, None, d_x_norm)?;
+    let x_norm = normalize(p, &x, buffers)?.0;
+    let mut d_x_norm = buffers.take(x_norm.dim());
+    linear::backward_into(x_norm.view(), p.w_in.view(), d_in.view(), d.w_in.view_mut(), None, &mut d_x_norm)?;
+    if let (Some(w), Some(d_w)) = (&p.w_gate, &mut d.w_gate) {
+        let (d_gate, d_w, d_x_norm) = (rest.view(), d_w.view_mut(), d_x_norm.view_mut());
+        linear::add_backward(x_norm.view(), w.view(), d_gate, d_w, None, d_x_norm)?;
     }
+    [d_in, rest, x_norm].into_iter().for_each(|array| buffers.give(array));
+    projected.give(buffers);
     // (1)
     let NormParameters { gain, bias } = &mut d.norm;
     let (gains, gain, bias) = (p.norm.gain.view(), gain.view_mut(), bias.view_mut());
-    rms_norm::backward_affine(x.view(), &norm, gains, d_x_norm.view(), gain, bias)
+    rms_norm::backward_affine_in_place(x.view(), &norm, gains, &mut d_x_norm, gain, bias)?;
+    buffers.give(x);
+    Ok(d_x_norm)
 }
 
 fn normalize<T: Scalar>(
     p: &FeedForwardParameters<T>,
     x: &Array2<T>,
+    buffers: &Buffers<T>,
 ) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
-    rms_norm::forward_affine(x.view(), p.norm.gain.view(), p.norm.bias.view())
+    let mut y = buffers.take(x.dim());
+    let saved = rms_norm::forward_affine_into(x.view(), p.norm.gain.view(), p.norm.bias.view(), &mut y)?;
+    Ok((y, saved))
 }

@@ -10,11 +10,13 @@
 
 use ndarray::{Array2, ArrayView2};
 
+use super::buffers::Buffers;
 use super::dropout::{Branch, Masks};
 use super::parameters::LayerParameters;
 use super::{ModelConfig, UnitState};
 use crate::attention::VqAttention;
 use crate::codebook::Learning;
+use crate::ops::rows;
 use crate::{Error, Scalar};
 
 mod attention;
@@ -46,6 +48,7 @@ pub(super) struct Layer<'a, T> {
     /// Of its codebook, if it has one.
     pub learning: Option<&'a Learning<T>>,
     pub prepared: &'a Prepared<T>,
+    pub buffers: &'a Buffers<T>,
 }
 
 impl<T: Scalar> Layer<'_, T> {
@@ -60,25 +63,30 @@ impl<T: Scalar> Layer<'_, T> {
     ) -> Result<(Array2<T>, LayerReport<T>, Saved<T>), Error> {
         let (mut branch, report, attention) = self.attend(x, states, mask)?;
         masks.branch(Branch::Attention, self.unit, &mut branch)?;
-        let y = branch + &attention.x; // (1)
+        rows::add(attention.x.view(), &mut branch); // (1)
         let Some(parameters) = &self.parameters.feed_forward else {
-            return Ok((y, report, Saved { attention, feed_forward: None }));
+            return Ok((branch, report, Saved { attention, feed_forward: None }));
         };
-        let (mut branch, feed_forward) = feed_forward::forward(parameters, y, Some(self.prepared))?;
+        let (mut branch, feed_forward) =
+            feed_forward::forward(parameters, branch, Some(self.prepared), self.buffers)?;
         masks.branch(Branch::FeedForward, self.unit, &mut branch)?;
-        let y = branch + &feed_forward.x; // (2)
-        Ok((y, report, Saved { attention, feed_forward: Some(feed_forward) }))
+        rows::add(feed_forward.x.view(), &mut branch); // (2)
+        Ok((branch, report, Saved { attention, feed_forward: Some(feed_forward) }))
     }
 
     /// As [`forward`](Self::forward), to infer only: pieces of any size, nothing is dropped, and nothing is saved.
     pub fn push(&self, x: Array2<T>, states: &mut UnitState<T>) -> Result<(Array2<T>, PieceReport), Error> {
-        let (branch, report) = self.attend_to_infer(&x, states)?;
-        let y = branch + &x; // (1)
+        let (mut branch, report) = self.attend_to_infer(&x, states)?;
+        rows::add(x.view(), &mut branch); // (1)
+        self.buffers.give(x);
         let Some(parameters) = &self.parameters.feed_forward else {
-            return Ok((y, report));
+            return Ok((branch, report));
         };
-        let (branch, saved) = feed_forward::forward(parameters, y, Some(self.prepared))?;
-        Ok((branch + &saved.x, report)) // (2)
+        let (mut branch, saved) =
+            feed_forward::forward(parameters, branch, Some(self.prepared), self.buffers)?;
+        rows::add(saved.x.view(), &mut branch); // (2)
+        saved.give(self.buffers);
+        Ok((branch, report))
     }
 
     /// Gradient of the unit's input; gradients of the parameters are added to `d`. `distances` as in [`Prepared::new`].
@@ -96,14 +104,40 @@ impl<T: Scalar> Layer<'_, T> {
         let Saved { attention, feed_forward } = saved;
         let parameters = self.parameters.feed_forward.as_ref().zip(d.feed_forward.as_mut());
         if let (Some((p, d)), Some(saved)) = (parameters, feed_forward) {
-            let mut d_branch = d_y.clone();
-            masks.branch(Branch::FeedForward, self.unit, &mut d_branch)?;
-            let d_x = feed_forward::backward(p, saved, &d_branch, d)?;
-            d_y += &d_x; // (2)
+            let dropped = self.gradient_of(Branch::FeedForward, &d_y, masks)?;
+            let d_branch = dropped.as_ref().unwrap_or(&d_y);
+            let d_x = feed_forward::backward(p, saved, d_branch, d, self.buffers)?;
+            rows::add(d_x.view(), &mut d_y); // (2)
+            dropped.into_iter().chain([d_x]).for_each(|array| self.buffers.give(array));
         }
-        let mut d_branch = d_y.clone();
-        masks.branch(Branch::Attention, self.unit, &mut d_branch)?;
-        let d_x = self.attend_backward(attention, &d_branch, mask, batch, distances, d)?; // (1)
-        Ok(d_x + &d_y)
+        let dropped = self.gradient_of(Branch::Attention, &d_y, masks)?;
+        let d_branch = dropped.as_ref().unwrap_or(&d_y);
+        let d_x = self.attend_backward(attention, d_branch, mask, batch, distances, d)?; // (1)
+        rows::add(d_x.view(), &mut d_y);
+        dropped.into_iter().chain([d_x]).for_each(|array| self.buffers.give(array));
+        Ok(d_y)
+    }
+
+    /// The gradient of a branch, of which something was dropped; none where that is `d_y` as it is.
+    fn gradient_of(
+        &self,
+        branch: Branch,
+        d_y: &Array2<T>,
+        masks: &Masks,
+    ) -> Result<Option<Array2<T>>, Error> {
+        if !masks.drop() {
+            return Ok(None);
+        }
+        let mut d_branch = self.buffers.copy(d_y);
+        masks.branch(branch, self.unit, &mut d_branch)?;
+        Ok(Some(d_branch))
+    }
+}
+
+impl<T> Saved<T> {
+    /// Gives back what no backward is to need.
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.attention.give(buffers);
+        self.feed_forward.into_iter().for_each(|saved| saved.give(buffers));
     }
 }

@@ -14,6 +14,7 @@ use ndarray::{Array2, Array4, ArrayView4, s};
 
 use super::Prepared;
 use crate::model::NormParameters;
+use crate::model::buffers::Buffers;
 use crate::ops::{linear, rms_norm, silu};
 use crate::{Error, Scalar};
 
@@ -34,6 +35,7 @@ pub(in crate::model) struct Projections<'a, T> {
     pub scale: T,
     /// The weights once more, to infer with.
     pub prepared: Option<&'a Prepared<T>>,
+    pub buffers: &'a Buffers<T>,
 }
 
 /// Where the gradients of [`Projections`] are added.
@@ -81,21 +83,26 @@ impl<T: Scalar> Projections<'_, T> {
             let (q, k, v) = (columns(self.w_q), columns(self.w_k), columns(self.w_v));
             return Ok(Projected { norm, q, k, v, gate: self.w_gate.map(columns) });
         }
-        let project = |w: &Array2<T>| linear::forward(x_norm.view(), w.view(), None);
-        Ok(Projected {
-            q: project(self.w_q)?,
-            k: project(self.w_k)?,
-            v: project(self.w_v)?,
-            gate: self.w_gate.map(project).transpose()?,
-            norm,
-        })
+        let project = |w: &Array2<T>| {
+            let mut y = self.buffers.take((x_norm.nrows(), w.ncols()));
+            linear::forward_into(x_norm.view(), w.view(), &mut y);
+            y
+        };
+        let (q, k, v) = (project(self.w_q), project(self.w_k), project(self.w_v));
+        let gate = self.w_gate.map(project);
+        self.buffers.give(x_norm);
+        Ok(Projected { norm, q, k, v, gate })
     }
 
     /// (2)
     pub fn activate(&self, projected: &Projected<T>) -> Result<Activated<T>, Error> {
         let (q, q_norm) = rms_norm::forward(projected.q.view(), self.n_heads, self.scale)?;
         let (k, k_norm) = rms_norm::forward(projected.k.view(), self.key_heads, self.scale)?;
-        let v = projected.gate.as_ref().map(|_| silu::forward(projected.v.view())).transpose()?;
+        let v = projected.gate.as_ref().map(|_| {
+            let mut v = self.buffers.take(projected.v.dim());
+            silu::forward_into(projected.v.view(), &mut v);
+            v
+        });
         Ok(Activated { q, q_norm, k, k_norm, v })
     }
 
@@ -113,31 +120,39 @@ impl<T: Scalar> Projections<'_, T> {
 
     /// The keys [B, Hk, T, K] of `x` [B T, D] alone.
     pub fn keys(&self, x: &Array2<T>, batch: usize) -> Result<Array4<T>, Error> {
-        let k = linear::forward(self.normalize(x)?.0.view(), self.w_k.view(), None)?;
+        let x_norm = self.normalize(x)?.0;
+        let k = linear::forward(x_norm.view(), self.w_k.view(), None)?;
+        self.buffers.give(x_norm);
         let k = rms_norm::forward(k.view(), self.key_heads, self.scale)?.0;
         Ok(per_head(&k, batch, self.key_heads).to_owned())
     }
 
     /// (3), of `out` [B T, H V]. What was `activated` is needed no more: its values make room.
-    pub fn branch(
-        &self,
-        out: &Array2<T>,
-        projected: &Projected<T>,
-        activated: Activated<T>,
-    ) -> Result<Array2<T>, Error> {
+    pub fn branch(&self, out: &Array2<T>, projected: &Projected<T>, activated: Activated<T>) -> Array2<T> {
         let gated = match (&projected.gate, activated.v) {
             (Some(gate), Some(mut v)) if v.dim() == out.dim() => {
                 silu::gate_into(out.view(), gate.view(), &mut v);
                 Some(v)
             }
-            (Some(gate), _) => Some(silu::gate(out.view(), gate.view())?),
+            (Some(gate), v) => {
+                let mut gated = self.buffers.take(out.dim());
+                silu::gate_into(out.view(), gate.view(), &mut gated);
+                v.into_iter().for_each(|v| self.buffers.give(v));
+                Some(gated)
+            }
             (None, _) => None,
         };
-        let gated = gated.as_ref().unwrap_or(out);
-        match self.prepared.and_then(|prepared| prepared.packed_for(gated)) {
-            Some(packed) => Ok(packed.output.product(gated.view())),
-            None => linear::forward(gated.view(), self.w_out.view(), None),
-        }
+        let rows = gated.as_ref().unwrap_or(out);
+        let branch = match self.prepared.and_then(|prepared| prepared.packed_for(rows)) {
+            Some(packed) => packed.output.product(rows.view()),
+            None => {
+                let mut branch = self.buffers.take((rows.nrows(), self.w_out.ncols()));
+                linear::forward_into(rows.view(), self.w_out.view(), &mut branch);
+                branch
+            }
+        };
+        gated.into_iter().for_each(|gated| self.buffers.give(gated));
+        branch
     }
 
     /// Gradients of `out` and of x~ Wg by (3).
@@ -149,11 +164,14 @@ impl<T: Scalar> Projections<'_, T> {
         d: &mut ProjectionGradients<'_, T>,
     ) -> Result<(Array2<T>, Option<Array2<T>>), Error> {
         let (w, d_w) = (self.w_out.view(), d.w_out.view_mut());
+        let mut d = self.buffers.take(out.dim());
         let Some(gate) = &projected.gate else {
-            return Ok((linear::backward(out.view(), w, d_branch.view(), d_w, None)?, None));
+            linear::backward_into(out.view(), w, d_branch.view(), d_w, None, &mut d)?;
+            return Ok((d, None));
         };
-        let mut gated = silu::gate(out.view(), gate.view())?;
-        let mut d = linear::backward(gated.view(), w, d_branch.view(), d_w, None)?;
+        let mut gated = self.buffers.take(out.dim());
+        silu::gate_into(out.view(), gate.view(), &mut gated);
+        linear::backward_into(gated.view(), w, d_branch.view(), d_w, None, &mut d)?;
         silu::gate_backward_in_place(out.view(), gate.view(), &mut d, &mut gated);
         let (d_out, d_gate) = (gated, d);
         Ok((d_out, Some(d_gate)))
@@ -178,7 +196,8 @@ impl<T: Scalar> Projections<'_, T> {
         }
         let x_norm = self.normalize(x)?.0;
         let (w_q, d_w_q) = (self.w_q.view(), d.w_q.view_mut());
-        let mut d_x_norm = linear::backward(x_norm.view(), w_q, d_q.view(), d_w_q, None)?;
+        let mut d_x_norm = self.buffers.take(x_norm.dim());
+        linear::backward_into(x_norm.view(), w_q, d_q.view(), d_w_q, None, &mut d_x_norm)?;
         let mut add = |w: &Array2<T>, d_w: &mut Array2<T>, d_projected: &Array2<T>| {
             let (w, d_w, d_x_norm) = (w.view(), d_w.view_mut(), d_x_norm.view_mut());
             linear::add_backward(x_norm.view(), w, d_projected.view(), d_w, None, d_x_norm)
@@ -188,14 +207,32 @@ impl<T: Scalar> Projections<'_, T> {
         if let (Some(w), Some(d_w), Some(d_gate)) = (self.w_gate, &mut d.w_gate, &d_gate) {
             add(w, d_w, d_gate)?;
         }
+        d_gate.into_iter().chain([d_v, x_norm]).for_each(|array| self.buffers.give(array));
         // (1)
         let (gain, d_gain, d_bias) = (self.norm.gain.view(), d.norm.gain.view_mut(), d.norm.bias.view_mut());
-        rms_norm::backward_affine(x.view(), &projected.norm, gain, d_x_norm.view(), d_gain, d_bias)
+        let (mut d, saved) = (d_x_norm, &projected.norm);
+        rms_norm::backward_affine_in_place(x.view(), saved, gain, &mut d, d_gain, d_bias)?;
+        Ok(d)
     }
 
     /// (1)
     fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
-        rms_norm::forward_affine(x.view(), self.norm.gain.view(), self.norm.bias.view())
+        let mut y = self.buffers.take(x.dim());
+        let (gain, bias) = (self.norm.gain.view(), self.norm.bias.view());
+        let saved = rms_norm::forward_affine_into(x.view(), gain, bias, &mut y)?;
+        Ok((y, saved))
+    }
+}
+
+impl<T> Projected<T> {
+    pub fn give(self, buffers: &Buffers<T>) {
+        [self.q, self.k, self.v].into_iter().chain(self.gate).for_each(|array| buffers.give(array));
+    }
+}
+
+impl<T> Activated<T> {
+    pub fn give(self, buffers: &Buffers<T>) {
+        self.v.into_iter().for_each(|v| buffers.give(v));
     }
 }
 

@@ -128,8 +128,17 @@ const ROWS_PER_TASK: usize = 128;
 /// C <- A B with the rows of C shared among the threads of the current rayon pool.
 pub(crate) fn parallel_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
     let mut c = Array2::zeros((a.nrows(), b.ncols()));
-    rows_in_parallel(a, b, c.view_mut(), false);
+    parallel_product_into(a, b, c.view_mut());
     c
+}
+
+/// As [`parallel_product`], into an array that is there already.
+pub(crate) fn parallel_product_into<T: Scalar>(
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    c: ArrayViewMut2<'_, T>,
+) {
+    rows_in_parallel(a, b, c, false);
 }
 
 /// C <- C + A B with the rows of C shared among the threads of the current rayon pool.
