@@ -19,7 +19,7 @@
 //!
 //! Bias: f32; called on a thread of the pool, as a training step calls. Codes are random: neighbouring keys seldom share one,
 //! which is the worst for the statistics. Checks of the input are in the figures; so is the allocation of the statistics, but
-//! rotation works in place.
+//! rotation works in place. As in any program that has freed a large array before, the allocator keeps small ones it gets back.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -113,6 +113,7 @@ fn median(mut x: Vec<f64>) -> f64 {
 fn run() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let codewords = Array3::from_shape_vec((1, S, K), unit_rows(&mut rng, S)).unwrap();
+    // Until a large array has been freed, the C library returns even the tables of statistics to the system every time.
     drop(Batch::new(&mut rng));
     let mut batches: Vec<_> = (0..BATCHES).map(|_| Batch::new(&mut rng)).collect();
 
