@@ -285,24 +285,48 @@ impl<T: Scalar> Factors<T> {
     #[inline(always)]
     fn apply<S: Simd>(self, simd: S, key: &[T], codeword: &[T], d: &mut [T], later: Later) {
         let lanes = T::Vector::<S>::LEN;
-        let whole = d.len() / lanes * lanes;
-        let (of_key, of_codeword) =
-            (T::Vector::<S>::splat(simd, self.key), T::Vector::<S>::splat(simd, self.codeword));
-        for at in (0..whole).step_by(lanes) {
-            let byte = at * size_of::<T>();
+        let factors = [
+            T::Vector::<S>::splat(simd, self.lambda),
+            T::Vector::<S>::splat(simd, self.key),
+            T::Vector::<S>::splat(simd, self.codeword),
+        ];
+        let Some(last) = d.len().checked_sub(lanes) else {
+            for ((d, &k), &c) in d.iter_mut().zip(key).zip(codeword) {
+                *d = self.lambda * *d + self.key * k + self.codeword * c;
+            }
+            return;
+        };
+        // The two ends as they come; between them, vectors that lie on one line each.
+        let first = rotated::<S, T>(simd, factors, key, codeword, d, 0);
+        let end = rotated::<S, T>(simd, factors, key, codeword, d, last);
+        let start = d.as_ptr().align_offset(lanes * size_of::<T>()).min(lanes);
+        for at in (start..last).step_by(lanes) {
+            let byte = (at - start) * size_of::<T>();
             if byte.is_multiple_of(LINE) {
                 later.ask(byte);
             }
-            let of = at..at + lanes;
-            let k = T::Vector::<S>::from_slice(simd, &key[of.clone()]);
-            let c = T::Vector::<S>::from_slice(simd, &codeword[of.clone()]);
-            let g = T::Vector::<S>::from_slice(simd, &d[of.clone()]);
-            of_codeword.mul_add(c, of_key.mul_add(k, g * self.lambda)).store_slice(&mut d[of]);
+            rotated::<S, T>(simd, factors, key, codeword, d, at).store_slice(&mut d[at..at + lanes]);
         }
-        for ((d, &k), &c) in d[whole..].iter_mut().zip(&key[whole..]).zip(&codeword[whole..]) {
-            *d = self.lambda * *d + self.key * k + self.codeword * c;
-        }
+        first.store_slice(&mut d[..lanes]);
+        end.store_slice(&mut d[last..]);
     }
+}
+
+/// A vector of what [`Factors`] make of a row.
+#[inline(always)]
+fn rotated<S: Simd, T: Scalar>(
+    simd: S,
+    [lambda, of_key, of_codeword]: [T::Vector<S>; 3],
+    key: &[T],
+    codeword: &[T],
+    d: &[T],
+    at: usize,
+) -> T::Vector<S> {
+    let of = at..at + T::Vector::<S>::LEN;
+    let k = T::Vector::<S>::from_slice(simd, &key[of.clone()]);
+    let c = T::Vector::<S>::from_slice(simd, &codeword[of.clone()]);
+    let g = T::Vector::<S>::from_slice(simd, &d[of]);
+    of_codeword.mul_add(c, of_key.mul_add(k, g * lambda))
 }
 
 /// Adds the products of a vector of each to kk, kc, kg and cg.
