@@ -11,7 +11,7 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use super::{matmul, rows};
-use crate::error::{check_shape, checked_len};
+use crate::error::check_shape;
 use crate::{Error, Scalar};
 
 /// y = x w + bias, formula (1).
@@ -27,12 +27,12 @@ pub fn forward<T: Scalar>(
     bias: Option<ArrayView1<'_, T>>,
 ) -> Result<Array2<T>, Error> {
     check_shape("w", &[x.ncols(), w.ncols()], w.shape())?;
-    checked_len("y", &[x.nrows(), w.ncols()])?;
+    let mut y = rows::zeros("y", (x.nrows(), w.ncols()))?;
     let Some(bias) = bias else {
-        return Ok(matmul::parallel_product(x, w)); // (1)
+        forward_into(x, w, &mut y);
+        return Ok(y);
     };
     check_shape("bias", &[w.ncols()], bias.shape())?;
-    let mut y = rows::zeros("y", (x.nrows(), w.ncols()))?;
     rows::map(y.dim(), [], [&mut y], |_, [], [y]| bias.iter().zip(y).for_each(|(&bias, y)| *y = bias));
     matmul::parallel_add_product(x, w, y.view_mut()); // (1)
     Ok(y)
@@ -57,9 +57,9 @@ pub fn backward<T: Scalar>(
     d_w: ArrayViewMut2<'_, T>,
     d_bias: Option<ArrayViewMut1<'_, T>>,
 ) -> Result<Array2<T>, Error> {
-    checked_len("d_x", x.shape())?;
-    backward_weights(x, w, d_y, d_w, d_bias)?;
-    Ok(matmul::parallel_product(d_y, w.t()))
+    let mut d_x = rows::zeros("d_x", x.dim())?;
+    backward_into(x, w, d_y, d_w, d_bias, &mut d_x)?;
+    Ok(d_x)
 }
 
 /// As [`backward`], into an array `d_x` whose numbers do not matter.

@@ -8,7 +8,6 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Co
 use rayon::prelude::*;
 
 use crate::error::checked_len;
-use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// Elements that one task takes: tens of microseconds of work, far above what giving it to another thread costs.
@@ -83,15 +82,9 @@ pub(crate) fn map<T: Scalar, R: Send, const IN: usize, const OUT: usize>(
 ///
 /// # Shapes
 /// `x` and `y` [N, width], `y` in standard layout.
+#[cfg(feature = "model")]
 pub(crate) fn add<T: Scalar>(x: ArrayView2<'_, T>, y: &mut Array2<T>) {
-    map(x.dim(), [x], [y], |_, [x], [y]| on_best_simd!(add_row(x, y)));
-}
-
-#[inline(always)]
-fn add_row<T: Scalar>(x: &[T], y: &mut [T]) {
-    for (&x, y) in x.iter().zip(y) {
-        *y += x;
-    }
+    map(x.dim(), [x], [y], |_, [x], [y]| y.iter_mut().zip(x).for_each(|(y, &x)| *y += x));
 }
 
 /// Lets `f` add each row of the inputs to the sums: one partial sum per task, the partial sums in the order of the rows.
