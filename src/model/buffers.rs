@@ -1,6 +1,6 @@
 //! Large arrays that a model keeps from one pass to the next.
 //!
-//! Memory that comes fresh from the system costs a page fault per 4 KB, a fifth of the time of a wide unit. The arrays of a
+//! Memory that comes fresh from the system costs a page fault per 4 KB, a tenth of a unit's time. The arrays of a
 //! pass are as large as those of the pass before: what one gives back, the next one takes.
 
 use std::fmt;

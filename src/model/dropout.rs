@@ -88,7 +88,7 @@ impl Masks {
     }
 
     /// Whether anything is dropped.
-    pub fn drop(&self) -> bool {
+    pub fn drops(&self) -> bool {
         self.drawn.is_some()
     }
 

@@ -28,6 +28,8 @@ use crate::{Error, Scalar};
 
 /// A language model with linear-time attention.
 ///
+/// It keeps the large arrays of a pass for the next one, and frees what eight passes have not used.
+///
 /// ```
 /// use transformer_vq::model::{ModelConfig, Transformer};
 /// use transformer_vq::ndarray::array;

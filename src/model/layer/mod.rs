@@ -125,7 +125,7 @@ impl<T: Scalar> Layer<'_, T> {
         d_y: &Array2<T>,
         masks: &Masks,
     ) -> Result<Option<Array2<T>>, Error> {
-        if !masks.drop() {
+        if !masks.drops() {
             return Ok(None);
         }
         let mut d_branch = self.buffers.copy(d_y);
