@@ -8,7 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ndarray::{Array, Array2, Array4, Dimension};
 
-use crate::Scalar;
+use super::NormParameters;
+use crate::ops::{linear, rms_norm};
+use crate::{Error, Scalar};
 
 /// Smaller arrays are left to the allocator, which keeps their pages itself.
 const LEAST_BYTES: usize = 1 << 20;
@@ -48,6 +50,11 @@ impl<T> Buffers<T> {
         }
     }
 
+    /// As [`give`](Self::give), several.
+    pub fn give_all(&self, arrays: impl IntoIterator<Item = Array2<T>>) {
+        arrays.into_iter().for_each(|array| self.give(array));
+    }
+
     /// The latest of this length, whose end may still be in a cache.
     fn find(&self, len: usize) -> Option<Vec<T>> {
         let arrays = &mut self.lock().arrays;
@@ -82,6 +89,24 @@ impl<T: Scalar> Buffers<T> {
         let mut copy = self.take(array.dim());
         copy.assign(array);
         copy
+    }
+
+    /// x w, of `x` [N, in] and `w` [in, out].
+    pub fn product(&self, x: &Array2<T>, w: &Array2<T>) -> Array2<T> {
+        let mut y = self.take((x.nrows(), w.ncols()));
+        linear::forward_into(x.view(), w.view(), &mut y);
+        y
+    }
+
+    /// RMSNorm(x) * gain + bias of `x` [N, D], and what its backward needs.
+    pub fn normalize(
+        &self,
+        x: &Array2<T>,
+        norm: &NormParameters<T>,
+    ) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
+        let mut y = self.take(x.dim());
+        let saved = rms_norm::forward_affine_into(x.view(), norm.gain.view(), norm.bias.view(), &mut y)?;
+        Ok((y, saved))
     }
 
     /// As [`take`](Self::take) [B, H, T, width], laid out token by token.

@@ -7,7 +7,7 @@ use ndarray::{Array2, Array3, ArrayView1, ArrayView2};
 use super::buffers::Buffers;
 use super::dropout::{DropoutSeed, Masks};
 use super::layer::{self, LayerReport};
-use super::parameters::{NormParameters, Parameters};
+use super::parameters::Parameters;
 use super::transformer::flat;
 use super::{ModelConfig, ModelState, Transformer, UnitState};
 use crate::compiled::compiled_here;
@@ -187,10 +187,8 @@ impl<T: Scalar> Transformer<T> {
         check_shape("d_logits", &[b, t, self.config.vocab_size], d_logits.shape())?;
         self.buffers.begin_pass();
         // (3)
-        let d_logits = match d_logits.is_standard_layout() {
-            true => d_logits,
-            false => d_logits.as_standard_layout().into_owned(),
-        };
+        let in_order = d_logits.is_standard_layout();
+        let d_logits = if in_order { d_logits } else { d_logits.as_standard_layout().into_owned() };
         let d_logits = d_logits * T::from_f64(self.config.logit_scale);
         let d_logits = d_logits.into_shape_with_order((b * t, self.config.vocab_size)).expect("contiguous");
         let normed = self.normalize(&x)?.0;
@@ -207,7 +205,7 @@ impl<T: Scalar> Transformer<T> {
             let gain = norm.gain.view();
             rms_norm::backward_affine_in_place(x.view(), saved, gain, &mut d_x, d_gain, d_bias)?;
         }
-        [x, normed].into_iter().for_each(|array| self.buffers.give(array));
+        self.buffers.give_all([x, normed]);
         drop(d_logits);
         // (2)
         let distances = self.distances()?;
@@ -259,11 +257,10 @@ impl<T: Scalar> Transformer<T> {
 
     /// The norm of (3).
     pub(super) fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, Option<rms_norm::Saved<T>>), Error> {
-        let Some(NormParameters { gain, bias }) = &self.parameters.final_norm else {
+        let Some(norm) = &self.parameters.final_norm else {
             return Ok((self.buffers.copy(x), None));
         };
-        let mut y = self.buffers.take(x.dim());
-        let saved = rms_norm::forward_affine_into(x.view(), gain.view(), bias.view(), &mut y)?;
+        let (y, saved) = self.buffers.normalize(x, norm)?;
         Ok((y, Some(saved)))
     }
 

@@ -105,7 +105,7 @@ impl<'m, T: Scalar> Prepared<'m, T> {
             }
             _ => self.model.logits(&normed, tokens.dim())?,
         };
-        [x, normed].into_iter().for_each(|array| self.model.buffers.give(array));
+        self.model.buffers.give_all([x, normed]);
         Ok((logits, reports))
     }
 }

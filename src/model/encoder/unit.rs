@@ -107,7 +107,7 @@ impl<T: Scalar> Unit<'_, T> {
         let mut d_attention = BidirectionalGradients { v, ..BidirectionalGradients::default() };
         let of_heads = per_head(&d_out, self.batch, config.n_heads);
         config.attention.backward_into(&inputs, attention, of_heads, estimator, weight, &mut d_attention)?;
-        [out, d_out].into_iter().for_each(|array| self.buffers.give(array));
+        self.buffers.give_all([out, d_out]);
         // (2), (1)
         let BidirectionalGradients { q, k, v, .. } = d_attention;
         let d_heads = [q, k, v];
@@ -115,7 +115,7 @@ impl<T: Scalar> Unit<'_, T> {
         add(d_x.view(), &mut d_y);
         activated.give(self.buffers);
         projected.give(self.buffers);
-        [x, d_x].into_iter().for_each(|array| self.buffers.give(array));
+        self.buffers.give_all([x, d_x]);
         Ok(d_y)
     }
 
@@ -150,7 +150,7 @@ impl<T: Scalar> Saved<T> {
     /// Gives back what no backward is to need.
     pub fn give(self, buffers: &Buffers<T>) {
         self.projected.give(buffers);
-        [self.x, self.out].into_iter().for_each(|array| buffers.give(array));
+        buffers.give_all([self.x, self.out]);
         self.feed_forward.into_iter().for_each(|saved| saved.give(buffers));
     }
 }

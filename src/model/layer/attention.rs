@@ -96,8 +96,7 @@ impl<T: Scalar> Layer<'_, T> {
         let inputs = self.attention_inputs(&projected, &activated, batch, mask);
         let of_heads = [&out, &d_out].map(|rows| per_head(rows, batch, self.config.n_heads));
         let (d_attention, stats) = self.attend_heads_backward(&inputs, core, of_heads);
-        self.buffers.give(out);
-        self.buffers.give(d_out);
+        self.buffers.give_all([out, d_out]);
         let learning = self.config.learning.gradient().zip(self.learning);
         if let (Some((gradient, learning)), Some(stats)) = (learning, stats) {
             let CodewordGradient { codebook_weight, from_attention } = gradient;
@@ -172,8 +171,7 @@ impl<T> Saved<T> {
     /// Gives back what no backward is to need.
     pub fn give(self, buffers: &Buffers<T>) {
         self.projected.give(buffers);
-        buffers.give(self.x);
-        buffers.give(self.out);
+        buffers.give_all([self.x, self.out]);
     }
 }
 

@@ -45,7 +45,7 @@ impl<T: Scalar> Projected<T> {
 
 impl<T> Projected<T> {
     fn give(self, buffers: &Buffers<T>) {
-        [self.h].into_iter().chain(self.gate).for_each(|array| buffers.give(array));
+        buffers.give_all([self.h].into_iter().chain(self.gate));
     }
 }
 
@@ -64,12 +64,7 @@ pub(in crate::model) fn forward<T: Scalar>(
     prepared: Option<&Prepared<T>>,
     buffers: &Buffers<T>,
 ) -> Result<(Array2<T>, Saved<T>), Error> {
-    let (x_norm, norm) = normalize(p, &x, buffers)?; // (1)
-    let product = |x: &Array2<T>, w: &Array2<T>| {
-        let mut y = buffers.take((x.nrows(), w.ncols()));
-        linear::forward_into(x.view(), w.view(), &mut y);
-        y
-    };
+    let (x_norm, norm) = buffers.normalize(&x, &p.norm)?; // (1)
     let packed = prepared
         .and_then(|prepared| prepared.packed_for(&x_norm))
         .and_then(|packed| packed.feed_forward.as_ref());
@@ -81,15 +76,15 @@ pub(in crate::model) fn forward<T: Scalar>(
             Projected { h: all.slice(s![.., ..width]).to_owned(), gate }
         }
         None => {
-            let gate = p.w_gate.as_ref().map(|w| product(&x_norm, w));
-            Projected { h: product(&x_norm, &p.w_in), gate }
+            let gate = p.w_gate.as_ref().map(|w| buffers.product(&x_norm, w));
+            Projected { h: buffers.product(&x_norm, &p.w_in), gate }
         }
     };
     buffers.give(x_norm);
     let h = projected.activate(buffers);
     let branch = match packed {
         Some((_, output)) => output.product(h.view()),
-        None => product(&h, &p.w_out), // (3)
+        None => buffers.product(&h, &p.w_out), // (3)
     };
     buffers.give(h);
     Ok((branch, Saved { x, norm, projected }))
@@ -119,14 +114,14 @@ pub(in crate::model) fn backward<T: Scalar>(
             (d_h, h)
         }
     };
-    let x_norm = normalize(p, &x, buffers)?.0;
+    let x_norm = buffers.normalize(&x, &p.norm)?.0;
     let mut d_x_norm = buffers.take(x_norm.dim());
     linear::backward_into(x_norm.view(), p.w_in.view(), d_in.view(), d.w_in.view_mut(), None, &mut d_x_norm)?;
     if let (Some(w), Some(d_w)) = (&p.w_gate, &mut d.w_gate) {
         let (d_gate, d_w, d_x_norm) = (rest.view(), d_w.view_mut(), d_x_norm.view_mut());
         linear::add_backward(x_norm.view(), w.view(), d_gate, d_w, None, d_x_norm)?;
     }
-    [d_in, rest, x_norm].into_iter().for_each(|array| buffers.give(array));
+    buffers.give_all([d_in, rest, x_norm]);
     projected.give(buffers);
     // (1)
     let NormParameters { gain, bias } = &mut d.norm;
@@ -134,14 +129,4 @@ pub(in crate::model) fn backward<T: Scalar>(
     rms_norm::backward_affine_in_place(x.view(), &norm, gains, &mut d_x_norm, gain, bias)?;
     buffers.give(x);
     Ok(d_x_norm)
-}
-
-fn normalize<T: Scalar>(
-    p: &FeedForwardParameters<T>,
-    x: &Array2<T>,
-    buffers: &Buffers<T>,
-) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
-    let mut y = buffers.take(x.dim());
-    let saved = rms_norm::forward_affine_into(x.view(), p.norm.gain.view(), p.norm.bias.view(), &mut y)?;
-    Ok((y, saved))
 }

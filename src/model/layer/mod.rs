@@ -108,13 +108,13 @@ impl<T: Scalar> Layer<'_, T> {
             let d_branch = dropped.as_ref().unwrap_or(&d_y);
             let d_x = feed_forward::backward(p, saved, d_branch, d, self.buffers)?;
             rows::add(d_x.view(), &mut d_y); // (2)
-            dropped.into_iter().chain([d_x]).for_each(|array| self.buffers.give(array));
+            self.buffers.give_all(dropped.into_iter().chain([d_x]));
         }
         let dropped = self.gradient_of(Branch::Attention, &d_y, masks)?;
         let d_branch = dropped.as_ref().unwrap_or(&d_y);
         let d_x = self.attend_backward(attention, d_branch, mask, batch, distances, d)?; // (1)
         rows::add(d_x.view(), &mut d_y);
-        dropped.into_iter().chain([d_x]).for_each(|array| self.buffers.give(array));
+        self.buffers.give_all(dropped.into_iter().chain([d_x]));
         Ok(d_y)
     }
 

@@ -83,11 +83,7 @@ impl<T: Scalar> Projections<'_, T> {
             let (q, k, v) = (columns(self.w_q), columns(self.w_k), columns(self.w_v));
             return Ok(Projected { norm, q, k, v, gate: self.w_gate.map(columns) });
         }
-        let project = |w: &Array2<T>| {
-            let mut y = self.buffers.take((x_norm.nrows(), w.ncols()));
-            linear::forward_into(x_norm.view(), w.view(), &mut y);
-            y
-        };
+        let project = |w: &Array2<T>| self.buffers.product(&x_norm, w);
         let (q, k, v) = (project(self.w_q), project(self.w_k), project(self.w_v));
         let gate = self.w_gate.map(project);
         self.buffers.give(x_norm);
@@ -137,7 +133,7 @@ impl<T: Scalar> Projections<'_, T> {
             (Some(gate), v) => {
                 let mut gated = self.buffers.take(out.dim());
                 silu::gate_into(out.view(), gate.view(), &mut gated);
-                v.into_iter().for_each(|v| self.buffers.give(v));
+                self.buffers.give_all(v);
                 Some(gated)
             }
             (None, _) => None,
@@ -145,13 +141,9 @@ impl<T: Scalar> Projections<'_, T> {
         let rows = gated.as_ref().unwrap_or(out);
         let branch = match self.prepared.and_then(|prepared| prepared.packed_for(rows)) {
             Some(packed) => packed.output.product(rows.view()),
-            None => {
-                let mut branch = self.buffers.take((rows.nrows(), self.w_out.ncols()));
-                linear::forward_into(rows.view(), self.w_out.view(), &mut branch);
-                branch
-            }
+            None => self.buffers.product(rows, self.w_out),
         };
-        gated.into_iter().for_each(|gated| self.buffers.give(gated));
+        self.buffers.give_all(gated);
         branch
     }
 
@@ -207,7 +199,7 @@ impl<T: Scalar> Projections<'_, T> {
         if let (Some(w), Some(d_w), Some(d_gate)) = (self.w_gate, &mut d.w_gate, &d_gate) {
             add(w, d_w, d_gate)?;
         }
-        d_gate.into_iter().chain([d_v, x_norm]).for_each(|array| self.buffers.give(array));
+        self.buffers.give_all(d_gate.into_iter().chain([d_v, x_norm]));
         // (1)
         let (gain, d_gain, d_bias) = (self.norm.gain.view(), d.norm.gain.view_mut(), d.norm.bias.view_mut());
         let (mut d, saved) = (d_x_norm, &projected.norm);
@@ -217,22 +209,19 @@ impl<T: Scalar> Projections<'_, T> {
 
     /// (1)
     fn normalize(&self, x: &Array2<T>) -> Result<(Array2<T>, rms_norm::Saved<T>), Error> {
-        let mut y = self.buffers.take(x.dim());
-        let (gain, bias) = (self.norm.gain.view(), self.norm.bias.view());
-        let saved = rms_norm::forward_affine_into(x.view(), gain, bias, &mut y)?;
-        Ok((y, saved))
+        self.buffers.normalize(x, self.norm)
     }
 }
 
 impl<T> Projected<T> {
     pub fn give(self, buffers: &Buffers<T>) {
-        [self.q, self.k, self.v].into_iter().chain(self.gate).for_each(|array| buffers.give(array));
+        buffers.give_all([self.q, self.k, self.v].into_iter().chain(self.gate));
     }
 }
 
 impl<T> Activated<T> {
     pub fn give(self, buffers: &Buffers<T>) {
-        self.v.into_iter().for_each(|v| buffers.give(v));
+        buffers.give_all(self.v);
     }
 }
 
