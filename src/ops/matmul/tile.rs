@@ -13,7 +13,7 @@
 //!
 //! A library copies both operands into the order of that loop first. Attention's operands lie in it from the start (a row of
 //! scores, a row of codewords, a row of values), and its products are so small that the copies cost a tenth of the time.
-//! Only rows of B that lie far apart are copied, 256 at a time. R is 8 with 32 vector registers (AVX-512, NEON), 4 with 16.
+//! Only rows of B that lie far apart are copied, 256 at a time. R is 8 with 32 vector registers (AVX-512, NEON), 6 with 16.
 //!
 //! An element of C is the sum, in order, of sums over 256 p each, wherever the cuts into tiles fall: a row or a column has the same
 //! bits in a product of any size that is done here.
@@ -170,7 +170,7 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     let mut row = 0;
     while row < m {
-        let rows = if many_registers { (m - row).min(8) } else { (m - row).min(4) };
+        let rows = (m - row).min(if many_registers { 8 } else { 6 });
         let i = row as isize;
         let needed = triangle.needed((row, row + rows), p, depth);
         let (first, depth) = (needed.start as isize, needed.len());
@@ -186,7 +186,8 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
             let c = columns.clone();
             row += match (rows, vectors) {
                 (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, c, add),
-                (4..8, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, c, add),
+                (6..8, VECTORS) => tile::<S, T, 6, VECTORS>(simd, at, depth, c, add),
+                (4..6, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, c, add),
                 (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, c, add),
                 (_, VECTORS) => tile::<S, T, 1, VECTORS>(simd, at, depth, c, add),
                 (8, _) => tile::<S, T, 8, 1>(simd, at, depth, c, add),
