@@ -186,6 +186,10 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
             let c = columns.clone();
             row += match (rows, vectors) {
                 (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, c, add),
+                // A transposed: addresses known beforehand, six additions less among 20 instructions.
+                (6..8, VECTORS) if at.a_row == 1 => {
+                    tile::<S, T, 6, VECTORS>(simd, Operands { a_row: 1, ..at }, depth, c, add)
+                }
                 (6..8, VECTORS) => tile::<S, T, 6, VECTORS>(simd, at, depth, c, add),
                 (4..6, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, c, add),
                 (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, c, add),
