@@ -8,12 +8,36 @@ mod sealed {
     pub trait Sealed: SimdFloatElement {
         /// As many of these numbers as a register holds.
         type Vector<S: Simd>: SimdFloat<S, Element = Self>;
+        /// A number that stands for a code among others of its kind, not to be counted with.
+        fn from_code(code: u32) -> Self;
+        /// The code that a number stands for.
+        fn code(self) -> u32;
     }
     impl Sealed for f32 {
         type Vector<S: Simd> = S::f32s;
+
+        #[inline(always)]
+        fn from_code(code: u32) -> Self {
+            f32::from_bits(code)
+        }
+
+        #[inline(always)]
+        fn code(self) -> u32 {
+            self.to_bits()
+        }
     }
     impl Sealed for f64 {
         type Vector<S: Simd> = S::f64s;
+
+        #[inline(always)]
+        fn from_code(code: u32) -> Self {
+            f64::from_bits(code.into())
+        }
+
+        #[inline(always)]
+        fn code(self) -> u32 {
+            self.to_bits() as u32
+        }
     }
 }
 

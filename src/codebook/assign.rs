@@ -33,6 +33,7 @@
 //! Cost: 2 N S K operations in the product and about six per score in (4). A key with m codes within tau_j pays m K more in
 //! plain loops; where codewords differ that is about one key in a thousand, with m = 2. Scratch: S x 64 scores per task.
 
+use fearless_simd::{Select, Simd, SimdBase};
 use ndarray::{Array1, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
@@ -44,9 +45,6 @@ use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 use crate::{Error, Scalar};
-
-/// Keys whose lowest scores are kept in registers while the codes go by.
-const GROUP: usize = LANES / 2;
 
 /// Below so many keys, each goes by itself: side by side they would not fill the lanes.
 const FEW: usize = 8;
@@ -226,17 +224,16 @@ pub(crate) fn assign_into<T: Scalar>(
         transpose(keys, &mut keys_t);
         let columns: ArrayView2<'_, T> = (&*keys_t).into(); // [K, 64]
         product(codewords.centred.view(), columns, (&mut *products).into()); // [S, 64]
-        let lowest = on_best_simd!(find_lowest(&products, &codewords.offsets));
+        let lowest = on_best_simd!(simd => find_lowest(simd, &products, &codewords.offsets));
         let norms = on_best_simd!(norms(&keys_t));
         for (j, (key, &key_norm)) in keys.outer_iter().zip(&norms).enumerate() {
             finite &= key_norm.is_finite();
             let tolerance = codewords.tolerance(key_norm);
-            let (group, lane) = (&lowest[j / GROUP], j % GROUP);
-            let best = group.best[lane].as_f64();
+            let best = lowest.best[j].as_f64();
             // False as well when the scores are infinite or NaN.
-            let clear = group.second[lane].as_f64() - best > tolerance;
+            let clear = lowest.second[j].as_f64() - best > tolerance;
             codes[j] = if clear {
-                group.code[lane]
+                lowest.code[j]
             } else {
                 codewords.settle(key, products.iter().map(|row| row[j]), best, tolerance)
             };
@@ -274,38 +271,45 @@ fn norms<T: Scalar>(keys_t: &[Row<T>]) -> [f64; LANES] {
     squares.map(|square| square.as_f64().sqrt())
 }
 
-/// Per key of a group: the lowest score, the second lowest, and the code of the lowest.
+/// Per key: the lowest score, the second lowest, and the code of the lowest.
 struct Lowest<T> {
-    best: [T; GROUP],
-    second: [T; GROUP],
-    code: [u32; GROUP],
+    best: Row<T>,
+    second: Row<T>,
+    code: [u32; LANES],
 }
 
-/// (3) and the argmin of (4).
+/// (3) and the argmin of (4). What is found stays in registers while the codes go by, which a compiler does not see by itself.
 ///
 /// `products` [S, 64], `offsets` `[S]`.
 #[inline(always)]
-fn find_lowest<T: Scalar>(products: &[Row<T>], offsets: &[T]) -> [Lowest<T>; 2] {
-    [find_lowest_of::<T, 0>(products, offsets), find_lowest_of::<T, 1>(products, offsets)]
-}
-
-#[inline(always)]
-fn find_lowest_of<T: Scalar, const HALF: usize>(products: &[Row<T>], offsets: &[T]) -> Lowest<T> {
-    // Local, so that they stay in registers for all codes.
-    let (mut best, mut second) = ([T::infinity(); GROUP], [T::infinity(); GROUP]);
-    let mut nearest = [0; GROUP];
-    for ((code, products), &h) in (0..).zip(products).zip(offsets) {
-        let products = &products.as_chunks::<GROUP>().0[HALF];
-        for lane in 0..GROUP {
-            let score = h - products[lane];
-            let wins = score < best[lane];
-            let runner_up = if wins { best[lane] } else { score };
-            second[lane] = if runner_up < second[lane] { runner_up } else { second[lane] };
-            nearest[lane] = if wins { code } else { nearest[lane] };
-            best[lane] = if wins { score } else { best[lane] };
+fn find_lowest<S: Simd, T: Scalar>(simd: S, products: &[Row<T>], offsets: &[T]) -> Lowest<T> {
+    const TOGETHER: usize = 2;
+    let lanes = T::Vector::<S>::LEN;
+    let (mut best_of, mut second_of) = ([T::zero(); LANES], [T::zero(); LANES]);
+    let mut code_of = [T::zero(); LANES];
+    for first in (0..LANES).step_by(TOGETHER * lanes) {
+        let mut best = [T::Vector::<S>::splat(simd, T::infinity()); TOGETHER];
+        let mut second = best;
+        let mut nearest = [T::Vector::<S>::splat(simd, T::zero()); TOGETHER];
+        for ((code, row), &h) in (0..).zip(products).zip(offsets) {
+            let code = T::Vector::<S>::splat(simd, T::from_code(code));
+            let h = T::Vector::<S>::splat(simd, h);
+            for j in 0..TOGETHER {
+                let score = h - T::Vector::<S>::from_slice(simd, &row[first + j * lanes..][..lanes]);
+                let wins = score.simd_lt(best[j]);
+                second[j] = second[j].min(best[j].max(score));
+                nearest[j] = wins.select(code, nearest[j]);
+                best[j] = wins.select(score, best[j]);
+            }
+        }
+        for j in 0..TOGETHER {
+            let at = first + j * lanes..first + (j + 1) * lanes;
+            best[j].store_slice(&mut best_of[at.clone()]);
+            second[j].store_slice(&mut second_of[at.clone()]);
+            nearest[j].store_slice(&mut code_of[at]);
         }
     }
-    Lowest { best, second, code: nearest }
+    Lowest { best: best_of, second: second_of, code: code_of.map(T::code) }
 }
 
 #[cfg(test)]

@@ -207,9 +207,12 @@ fn squared_distance<T: Scalar>(key: &[T], codeword: &[T]) -> [f64; SUMS] {
             *sum += e * e;
         }
     }
-    for ((sum, &k), &c) in sums.iter_mut().zip(keys_rest).zip(codewords_rest) {
-        let e = (k - c).as_f64();
-        *sum += e * e;
+    // Masked instructions, as in `dot`.
+    if !keys_rest.is_empty() {
+        for ((sum, &k), &c) in sums.iter_mut().zip(keys_rest).zip(codewords_rest) {
+            let e = (k - c).as_f64();
+            *sum += e * e;
+        }
     }
     sums
 }

@@ -118,6 +118,7 @@ pub(crate) fn add_up<T: Scalar, const IN: usize, const OUT: usize>(
 
 // Loops below keep one partial result per lane: a vector register needs that, for floating-point sums cannot be reordered.
 // They are written without closures, which would not be compiled for the instruction set that is picked at run time.
+// What is left of a row becomes masked instructions, of which each costs a dozen cycles: it is skipped where nothing is left.
 pub(crate) const SUMS: usize = 16;
 
 /// The sum of `a_i b_i`. Rounding: relative to the sum of `|a_i b_i|` at most `n / 16 + 6` times half an epsilon.
@@ -130,8 +131,10 @@ pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
             *sum += a * b;
         }
     }
-    for ((sum, &a), &b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
-        *sum += a * b;
+    if !a_rest.is_empty() {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+            *sum += a * b;
+        }
     }
     sum_of_lanes(sums)
 }
@@ -146,8 +149,10 @@ pub(crate) fn sum<T: Scalar>(x: &[T]) -> T {
             *sum += x;
         }
     }
-    for (sum, &x) in sums.iter_mut().zip(rest) {
-        *sum += x;
+    if !rest.is_empty() {
+        for (sum, &x) in sums.iter_mut().zip(rest) {
+            *sum += x;
+        }
     }
     sum_of_lanes(sums)
 }
