@@ -1,7 +1,7 @@
 //! C <- beta C + alpha A B, for matrices of any strides.
 //!
-//! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`tile`] it reads
-//! operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that
+//! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`in_place`] and [`tile`] it
+//! reads operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that
 //! depend on shapes alone, so that results keep their bits at any number of threads.
 //!
 //! Cost: 2 m n k operations.
@@ -16,6 +16,7 @@ use crate::compiled::compiled_here;
 use crate::ops::simd::level;
 use crate::ops::triangle::Triangle;
 
+mod in_place;
 mod packed;
 mod prefetch;
 mod tile;
@@ -90,7 +91,7 @@ fn gemm_here<T: Scalar>(
         }
         return;
     }
-    if m * k <= UNPACKED && tile::product(level(), (a, triangle), b, c.view_mut(), add) {
+    if m * k <= UNPACKED && in_place::product(level(), (a, triangle), b, c.view_mut(), add) {
         return;
     }
     let (a_strides, b_strides) = (a.strides(), b.strides());

@@ -1,28 +1,16 @@
-//! The product of operands that lie as a register tile reads them, or nearly so.
+//! One tile of a product: some rows by two vectors, which stay in registers while p runs.
 //!
 //! ```text
 //! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
-//! ```
 //!
-//! Rows of B and C must be contiguous, A may have any strides. C is cut into tiles of R rows by two vectors, which stay in
-//! registers while p runs:
-//!
-//! ```text
 //! for p:  load 2 vectors of row B[p];  for each of R rows i: broadcast A[i][p], multiply and add twice
 //! ```
 //!
-//! A library copies both operands into the order of that loop first. Attention's operands lie in it from the start (a row of
-//! scores, a row of codewords, a row of values), and its products are so small that the copies cost a tenth of the time.
-//! Only rows of B that lie far apart are copied, 256 at a time. R is 8 with 32 vector registers (AVX-512, NEON), 6 with 16.
-//!
-//! An element of C is the sum, in order, of sums over 256 p each, wherever the cuts into tiles fall: a row or a column has the same
-//! bits in a product of any size that is done here.
+//! R is 8 with 32 vector registers (AVX-512, NEON), 6 with 16.
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 use crate::Scalar;
 use crate::ops::triangle::Triangle;
@@ -52,97 +40,6 @@ impl<T> Clone for Operands<T> {
 }
 impl<T> Copy for Operands<T> {}
 
-/// C <- A B, or C + A B; false, and nothing done, where rows of B or C are not contiguous or too short for a vector.
-///
-/// # Shapes
-/// `a` [m, k], `b` [k, n], `c` [m, n], none of them empty.
-pub(super) fn product<T: Scalar>(
-    level: Level,
-    (a, triangle): (ArrayView2<'_, T>, Triangle),
-    b: ArrayView2<'_, T>,
-    mut c: ArrayViewMut2<'_, T>,
-    add: bool,
-) -> bool {
-    let (m, k) = a.dim();
-    let n = b.ncols();
-    assert_eq!((b.nrows(), c.dim()), (k, (m, n)), "shapes of a product");
-    if b.strides()[1] != 1 || c.strides()[1] != 1 {
-        return false;
-    }
-    let operands = Operands {
-        a: a.as_ptr(),
-        a_row: a.strides()[0],
-        a_column: a.strides()[1],
-        b: b.as_ptr(),
-        b_row: b.strides()[0],
-        c: c.as_mut_ptr(),
-        c_row: c.strides()[0],
-    };
-    // SAFETY: the views are valid for the rows and columns named by (m, n, k), which were compared above, rows of b and c
-    // are contiguous, and c is borrowed mutably and therefore overlaps neither a nor b.
-    dispatch!(level, simd => unsafe { tiles(simd, operands, (m, n, k), triangle, add) })
-}
-
-/// All tiles of C; false where not even one vector fits in a row.
-///
-/// # Safety
-/// The operands must be valid for m x k, k x n and m x n elements, with contiguous rows of B and C, C apart from A and B.
-#[inline(always)]
-unsafe fn tiles<S: Simd, T: Scalar>(
-    simd: S,
-    operands: Operands<T>,
-    (m, n, k): (usize, usize, usize),
-    triangle: Triangle,
-    add: bool,
-) -> bool {
-    let lanes = T::Vector::<S>::LEN;
-    if n < lanes {
-        return false;
-    }
-    // Rows far apart fall on the same few sets of a cache; a copy of them is worth it if several tiles read it.
-    let packs = operands.b_row.unsigned_abs() * size_of::<T>() > 512 && m > 16;
-    let mut packed = [const { MaybeUninit::<T::Vector<S>>::uninit() }; VECTORS * DEPTH];
-    let mut column = 0;
-    while column < n {
-        // The last vector of a row reaches back over columns that are done, and stores only what is left.
-        let (vectors, done) = match n - column {
-            left if left >= VECTORS * lanes => (VECTORS, 0),
-            left if left >= lanes => (1, 0),
-            left => (1, lanes - left),
-        };
-        let start = (column - done) as isize;
-        for p in (0..k).step_by(DEPTH) {
-            let depth = DEPTH.min(k - p);
-            // SAFETY: p + depth <= k, and start + the columns of a tile <= n.
-            let panel = unsafe {
-                Operands {
-                    a: operands.a.offset(p as isize * operands.a_column),
-                    b: operands.b.offset(p as isize * operands.b_row + start),
-                    c: operands.c.offset(start),
-                    ..operands
-                }
-            };
-            let panel = if packs {
-                // SAFETY: as above.
-                unsafe {
-                    match vectors {
-                        VECTORS => pack::<S, T, VECTORS>(simd, panel.b, panel.b_row, &mut packed, depth),
-                        _ => pack::<S, T, 1>(simd, panel.b, panel.b_row, &mut packed, depth),
-                    }
-                }
-                Operands { b: packed.as_ptr().cast(), b_row: (vectors * lanes) as isize, ..panel }
-            } else {
-                panel
-            };
-            let rows = Rows { m, p, depth, triangle };
-            // SAFETY: the panel is a part of the operands, or packed from one.
-            unsafe { all_rows(simd, panel, rows, vectors, done..vectors * lanes, add || p > 0) };
-        }
-        column += vectors * lanes - done;
-    }
-    true
-}
-
 /// The rows of A that meet a panel of B.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rows {
@@ -154,86 +51,115 @@ pub(super) struct Rows {
     pub triangle: Triangle,
 }
 
-/// The tiles of one panel: `columns` of so many vectors, of all m rows of A and C.
+impl Rows {
+    /// Where a panel's operands begin for a tile of these rows, and how deep they are.
+    ///
+    /// # Safety
+    /// A and C of `panel` must be valid for these rows.
+    #[inline(always)]
+    unsafe fn operands<T>(&self, panel: Operands<T>, rows: Range<usize>) -> (Operands<T>, usize) {
+        let row = rows.start as isize;
+        let needed = self.triangle.needed((rows.start, rows.end), self.p, self.depth);
+        let first = needed.start as isize;
+        // SAFETY: the caller vouches for the rows.
+        let (a, c) = unsafe { (panel.a.offset(row * panel.a_row), panel.c.offset(row * panel.c_row)) };
+        // Wrapping: where no column is needed, they may point beyond the operands, and are not read.
+        let a = a.wrapping_offset(first * panel.a_column);
+        let b = panel.b.wrapping_offset(first * panel.b_row);
+        (Operands { a, b, c, ..panel }, needed.len())
+    }
+}
+
+/// The tiles of one panel, of whose columns the first `columns` exist, of all m rows of A and C.
 ///
 /// # Safety
-/// As [`tiles`], for a depth of `depth`; A, B and C begin at the panel. B has whole vectors, C at least `columns`.
+/// A and C must be valid for m rows, A and B for a depth of `depth`; A, B and C begin at the panel. Rows of B and C have no gaps,
+/// those of B as many vectors as hold the columns, and C lies apart from A and B.
 #[inline(always)]
 pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     simd: S,
     panel: Operands<T>,
-    Rows { m, p, depth, triangle }: Rows,
-    vectors: usize,
-    columns: Range<usize>,
+    rows: Rows,
+    columns: usize,
     add: bool,
 ) {
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     let mut row = 0;
-    while row < m {
-        let rows = (m - row).min(if many_registers { 8 } else { 6 });
-        let i = row as isize;
-        let needed = triangle.needed((row, row + rows), p, depth);
-        let (first, depth) = (needed.start as isize, needed.len());
-        // SAFETY: row + the rows of the chosen tile <= m, and first + depth is at most the panel's depth.
-        unsafe {
-            let at = Operands {
-                // Wrapping: where no column is needed, they may point beyond the operands, and are not read.
-                a: panel.a.offset(i * panel.a_row).wrapping_offset(first * panel.a_column),
-                b: panel.b.wrapping_offset(first * panel.b_row),
-                c: panel.c.offset(i * panel.c_row),
-                ..panel
-            };
-            let c = columns.clone();
-            row += match (rows, vectors) {
-                (8, VECTORS) => tile::<S, T, 8, VECTORS>(simd, at, depth, c, add),
-                // A transposed: addresses known beforehand, six additions less among 20 instructions.
-                (6..8, VECTORS) if at.a_row == 1 => {
-                    tile::<S, T, 6, VECTORS>(simd, Operands { a_row: 1, ..at }, depth, c, add)
-                }
-                (6..8, VECTORS) => tile::<S, T, 6, VECTORS>(simd, at, depth, c, add),
-                (4..6, VECTORS) => tile::<S, T, 4, VECTORS>(simd, at, depth, c, add),
-                (2..4, VECTORS) => tile::<S, T, 2, VECTORS>(simd, at, depth, c, add),
-                (_, VECTORS) => tile::<S, T, 1, VECTORS>(simd, at, depth, c, add),
-                (8, _) => tile::<S, T, 8, 1>(simd, at, depth, c, add),
-                (4..8, _) => tile::<S, T, 4, 1>(simd, at, depth, c, add),
-                _ => tile::<S, T, 1, 1>(simd, at, depth, c, add),
-            };
+    // SAFETY: as the caller says, and row < m.
+    if columns == VECTORS * T::Vector::<S>::LEN {
+        while row < rows.m {
+            row += unsafe { tile_at(simd, panel, rows, row, add) };
+        }
+    } else {
+        while row < rows.m {
+            row += unsafe { part_at(simd, panel, rows, row, 0..columns, add) };
         }
     }
 }
 
-/// Copies the first V vectors of each of `depth` rows of B, one row after the other.
+/// The tile of a panel, all of whose columns exist, whose first row is `row`, below m; how many rows it has.
 ///
 /// # Safety
-/// `b` must be valid for that many vectors in each of these rows, which lie `b_row` apart.
+/// As [`all_rows`].
 #[inline(always)]
-unsafe fn pack<S: Simd, T: Scalar, const V: usize>(
+pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     simd: S,
-    b: *const T,
-    b_row: isize,
-    packed: &mut [MaybeUninit<T::Vector<S>>],
-    depth: usize,
-) {
-    let lanes = T::Vector::<S>::LEN;
-    let (mut from, mut to) = (b, packed.as_mut_ptr().cast::<T::Vector<S>>());
-    for _ in 0..depth {
-        for j in 0..V {
-            // SAFETY: the caller vouches for vector j of each row, and `packed` has room for V vectors of each.
-            unsafe {
-                let b = std::slice::from_raw_parts(from.add(j * lanes), lanes);
-                *to.add(j) = T::Vector::<S>::from_slice(simd, b);
+    panel: Operands<T>,
+    rows: Rows,
+    row: usize,
+    add: bool,
+) -> usize {
+    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
+    let most = if many_registers { 8 } else { 6 };
+    let left = most.min(rows.m - row);
+    let all = 0..VECTORS * T::Vector::<S>::LEN;
+    // SAFETY: row + the rows of the chosen tile <= m.
+    unsafe {
+        let (at, depth) = rows.operands(panel, row..row + left);
+        match left {
+            8 => tile::<S, T, 8, VECTORS>(simd, at, depth, all, add),
+            // A transposed: addresses known beforehand, six additions less among 20 instructions.
+            6.. if at.a_row == 1 => {
+                tile::<S, T, 6, VECTORS>(simd, Operands { a_row: 1, ..at }, depth, all, add)
             }
+            6.. => tile::<S, T, 6, VECTORS>(simd, at, depth, all, add),
+            4.. => tile::<S, T, 4, VECTORS>(simd, at, depth, all, add),
+            2.. => tile::<S, T, 2, VECTORS>(simd, at, depth, all, add),
+            _ => tile::<S, T, 1, VECTORS>(simd, at, depth, all, add),
         }
-        // Wrapping: beyond the last row nothing is read or written.
-        from = from.wrapping_offset(b_row);
-        to = to.wrapping_add(V);
+    }
+}
+
+/// [`tile_at`] of the last panel: those of its `columns` are stored that C has not yet.
+///
+/// # Safety
+/// As [`all_rows`].
+#[inline(always)]
+pub(super) unsafe fn part_at<S: Simd, T: Scalar>(
+    simd: S,
+    panel: Operands<T>,
+    rows: Rows,
+    row: usize,
+    columns: Range<usize>,
+    add: bool,
+) -> usize {
+    let left = rows.m - row;
+    // SAFETY: row + the rows of the chosen tile <= m.
+    unsafe {
+        let (at, depth) = rows.operands(panel, row..row + left.min(8));
+        match (left, columns.end.div_ceil(T::Vector::<S>::LEN)) {
+            (8.., 1) => tile::<S, T, 8, 1>(simd, at, depth, columns, add),
+            (4.., 1) => tile::<S, T, 4, 1>(simd, at, depth, columns, add),
+            (_, 1) => tile::<S, T, 1, 1>(simd, at, depth, columns, add),
+            (4.., _) => tile::<S, T, 4, VECTORS>(simd, at, depth, columns, add),
+            _ => tile::<S, T, 1, VECTORS>(simd, at, depth, columns, add),
+        }
     }
 }
 
 /// One tile of R rows and V vectors, of which `columns` are stored; returns R.
 ///
 /// # Safety
-/// As [`tiles`], for m = R and n = V vectors.
+/// As [`all_rows`], for m = R and V vectors.
 #[inline(always)]
 unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
     simd: S,
@@ -261,17 +187,14 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
             a = a.wrapping_offset(at.a_column);
             b = b.wrapping_offset(at.b_row);
         }
+        if !all {
+            // A copy: the sums themselves stay in registers.
+            store_columns(&{ sums }, at, columns, add);
+            return R;
+        }
         for (i, sums) in sums.iter().enumerate() {
             for (j, &sum) in sums.iter().enumerate() {
                 let c = at.c.offset(i as isize * at.c_row).add(j * lanes);
-                if !all {
-                    for (lane, &sum) in sum.as_slice().iter().enumerate() {
-                        if columns.contains(&(j * lanes + lane)) {
-                            *c.add(lane) = if add { *c.add(lane) + sum } else { sum };
-                        }
-                    }
-                    continue;
-                }
                 let sum = if add { load(c) + sum } else { sum };
                 sum.store_slice(std::slice::from_raw_parts_mut(c, lanes));
             }
@@ -280,120 +203,27 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
     R
 }
 
-#[cfg(test)]
-mod tests {
-    use ndarray::{Array2, s};
-
-    use super::*;
-    use crate::ops::simd::levels;
-
-    fn numbers<T: Scalar>(rows: usize, cols: usize, seed: usize) -> Array2<T> {
-        Array2::from_shape_fn((rows, cols), |(i, j)| {
-            T::from_f64(((i * 31 + j * 17 + seed) % 23) as f64 - 11.0)
-        })
-    }
-
-    /// Integers: every sum is exact, so equality is exact. C lies inside a larger array of NaN.
-    fn tiles_equal_the_definition<T: Scalar>(level: Level) {
-        let lanes = dispatch!(level, simd => lanes::<_, T>(simd));
-        for (m, k) in [(1, 1), (2, 7), (3, 300), (7, 5), (8, 256), (15, 257), (17, 3), (40, 600)] {
-            for n in [lanes, lanes + 1, 2 * lanes, 2 * lanes + 3, 3 * lanes - 1, 5 * lanes] {
-                // Rows of B beside each other, and so far apart that they are packed; falling too.
-                for wide in [n, n + 200] {
-                    let (a, b) = (numbers::<T>(m, 2 * k, 1), numbers::<T>(k, wide, 2));
-                    let b = b.slice(s![.., wide - n..]);
-                    let a_t = a.slice(s![.., ..k]).t().as_standard_layout().into_owned();
-                    let falling = [a.slice(s![.., ..k;-1]), a.slice(s![.., ..;2]), a_t.t()];
-                    for (a, b) in falling.into_iter().flat_map(|a| [(a, b), (a, b.slice_move(s![..;-1, ..]))])
-                    {
-                        let expected = a.dot(&b);
-                        let mut around = Array2::from_elem((m + 2, n + 2), T::nan());
-                        for times in 1..=2 {
-                            let c = around.slice_mut(s![1..=m, 1..=n]);
-                            assert!(product(level, (a, Triangle::Full), b, c, times > 1), "{m} {n} {k}");
-                            let c = around.slice(s![1..=m, 1..=n]);
-                            assert_eq!(c, &expected * T::from_f64(times.into()), "{m} {n} {k} {level:?}");
-                        }
-                        let inside = around.iter().filter(|c| !c.is_nan()).count();
-                        assert_eq!(inside, m * n, "outside of C: {m} {n} {k} {level:?}");
-                    }
-                }
+/// Stores some columns of a tile.
+///
+/// # Safety
+/// C must be valid for them in R rows.
+#[cold]
+#[inline(never)]
+unsafe fn store_columns<S: Simd, T: Scalar, const R: usize, const V: usize>(
+    sums: &[[T::Vector<S>; V]; R],
+    at: Operands<T>,
+    columns: Range<usize>,
+    add: bool,
+) {
+    let lanes = T::Vector::<S>::LEN;
+    for (i, sums) in sums.iter().enumerate() {
+        for column in columns.clone() {
+            let sum = sums[column / lanes].as_slice()[column % lanes];
+            // SAFETY: i < R, and the caller vouches for each of these columns.
+            unsafe {
+                let c = at.c.offset(i as isize * at.c_row).add(column);
+                *c = if add { *c + sum } else { sum };
             }
         }
-    }
-
-    fn lanes<S: Simd, T: Scalar>(_: S) -> usize {
-        T::Vector::<S>::LEN
-    }
-
-    #[test]
-    fn tiles_of_every_size_layout_and_level_equal_the_definition() {
-        for level in levels() {
-            tiles_equal_the_definition::<f32>(level);
-            tiles_equal_the_definition::<f64>(level);
-        }
-    }
-
-    #[test]
-    fn triangles_are_products_with_zeros() {
-        for level in levels() {
-            for (m, k) in [(1, 1), (5, 5), (64, 64), (64, 40), (30, 64), (300, 520), (19, 300)] {
-                for triangle in [Triangle::Lower, Triangle::Upper] {
-                    let mut a = numbers::<f32>(m, k, 1);
-                    a.indexed_iter_mut().for_each(|((i, p), a)| match triangle {
-                        Triangle::Lower if p > i => *a = 0.0,
-                        Triangle::Upper if p < i => *a = 0.0,
-                        _ => {}
-                    });
-                    let b = numbers::<f32>(k, 70, 2);
-                    let mut c = Array2::from_elem((m, 70), f32::NAN);
-                    assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), false));
-                    assert_eq!(c, a.dot(&b), "{m} {k} {triangle:?} {level:?}");
-                    assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), true));
-                    assert_eq!(c, 2.0 * a.dot(&b), "{m} {k} {triangle:?} {level:?}");
-                    // It skips: what it says is 0 is not looked at, far from the diagonal.
-                    if let (Triangle::Lower, 64, 64) = (triangle, m, k) {
-                        a[[0, 63]] = f32::NAN;
-                        assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), false));
-                        assert!(c.iter().all(|c| !c.is_nan()));
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_row_has_the_same_bits_in_a_product_of_any_size() {
-        let a = Array2::from_shape_fn((40, 700), |(i, p)| ((i * 700 + p) as f32).sin());
-        let b = Array2::from_shape_fn((700, 300), |(p, j)| ((p * 300 + j) as f32).cos());
-        for level in levels() {
-            let mut whole = Array2::zeros((40, 300));
-            assert!(product(level, (a.view(), Triangle::Full), b.view(), whole.view_mut(), false));
-            for (rows, columns) in [(0..1, 0..300), (3..20, 0..64), (7..11, 5..21), (0..40, 30..263)] {
-                let mut part = Array2::zeros((rows.len(), columns.len()));
-                let (a, b) = (a.slice(s![rows.clone(), ..]), b.slice(s![.., columns.clone()]));
-                assert!(product(level, (a, Triangle::Full), b, part.view_mut(), false));
-                assert_eq!(part, whole.slice(s![rows, columns]));
-            }
-        }
-    }
-
-    #[test]
-    fn what_no_tile_can_do_is_left_alone() {
-        let (a, b) = (numbers::<f32>(3, 4, 1), numbers::<f32>(4, 40, 2));
-        let mut c = Array2::from_elem((3, 1), f32::NAN);
-        assert!(!product(levels()[0], (a.view(), Triangle::Full), b.slice(s![.., ..1]), c.view_mut(), false));
-        let mut c_t = Array2::from_elem((40, 3), f32::NAN);
-        assert!(!product(
-            levels()[0],
-            (a.view(), Triangle::Full),
-            b.view(),
-            c_t.view_mut().reversed_axes(),
-            false
-        ));
-        let b_t = b.t().as_standard_layout().into_owned();
-        let mut c_all = Array2::from_elem((3, 40), f32::NAN);
-        assert!(!product(levels()[0], (a.view(), Triangle::Full), b_t.t(), c_all.view_mut(), false));
-        assert!(c.iter().chain(&c_t).chain(&c_all).all(|c| c.is_nan()));
     }
 }
