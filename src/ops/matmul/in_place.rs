@@ -109,6 +109,7 @@ unsafe fn tiles<S: Simd, T: Scalar>(
                     c: operands.c.offset(start),
                     ..operands
                 };
+                // From one panel of B to the next.
                 let mut next = width;
                 if copies {
                     next *= rows.depth;
