@@ -5,9 +5,15 @@
 //! panel 0: row 0 [columns 0..w], row 1 [columns 0..w], ...    panel 1: row 0 [columns w..2w], ...
 //! ```
 //!
-//! Sums stay in registers while p runs: with eight rows of A those of one panel, with fewer rows those of several panels
-//! side by side. Each panel is one stream of memory, and a processor fetches ahead for several of them; a weight as it lies
-//! would be as many streams as it has rows.
+//! Sums stay in registers while p runs: those of one panel with as many rows of A as there are registers for, with fewer rows
+//! those of several panels side by side. Each panel is one stream of memory, and a processor fetches ahead for several of them; a
+//! weight as it lies would be as many streams as it has rows. More rows take turns:
+//!
+//! ```text
+//! for each panel:  for 8 KB of it:  for the rows of a tile:  a tile, which asks for its share of the next 8 KB
+//! ```
+//!
+//! so that memory is at work while later rows meet what the first ones brought up.
 //!
 //! An element of C is one sum in the order of p: it has the same bits with any number of rows and of threads.
 
@@ -15,15 +21,17 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
+use super::prefetch::ask;
 use super::tile::{Operands, VECTORS};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
+use crate::ops::transpose::MOST_LANES;
 
 /// Bytes of panels that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
 
-/// The most panels whose sums fit in registers together, with one row.
-const TOGETHER: usize = 8;
+/// Bytes of a panel that meet all rows while they are in a first-level cache.
+const NEAR: usize = 1 << 13;
 
 /// A matrix [k, n] in panels.
 #[derive(Debug)]
@@ -116,76 +124,149 @@ unsafe fn all_panels<S: Simd, T: Scalar>(
     panel: usize,
     columns: usize,
 ) {
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     let width = VECTORS * T::Vector::<S>::LEN;
-    // A few panels at a time, so that a second round of rows finds them in a cache.
-    for first in (0..columns).step_by(TOGETHER * width) {
-        let last = columns.min(first + TOGETHER * width);
-        let mut row = 0;
-        while row < m {
-            let (rows, together) = match (m - row, many_registers) {
-                (8.., true) => (8, 1),
-                (4.., true) => (4, 2),
-                (2.., true) => (2, 4),
-                (_, true) => (1, 8),
-                (4.., false) => (4, 1),
-                (2.., false) => (2, 2),
-                (_, false) => (1, 4),
-            };
-            let mut column = first;
-            while column < last {
-                let left = (last - column).div_ceil(width);
-                let (i, at) = (row as isize, column / width * panel);
-                // SAFETY: row + rows <= m, and the panels of the chosen tile are among those of `columns`.
-                column += width
-                    * unsafe {
-                        let at = Operands {
-                            a: operands.a.offset(i * operands.a_row),
-                            b: operands.b.add(at),
-                            c: operands.c.offset(i * operands.c_row).add(column),
-                            ..operands
-                        };
-                        let stored = columns - column;
-                        match (rows, together.min(left)) {
-                            (8, _) => tile::<S, T, 8, 1>(simd, at, k, panel, stored),
-                            (4, 2) => tile::<S, T, 4, 2>(simd, at, k, panel, stored),
-                            (4, _) => tile::<S, T, 4, 1>(simd, at, k, panel, stored),
-                            (2, 4) => tile::<S, T, 2, 4>(simd, at, k, panel, stored),
-                            (2, 2..) => tile::<S, T, 2, 2>(simd, at, k, panel, stored),
-                            (2, _) => tile::<S, T, 2, 1>(simd, at, k, panel, stored),
-                            (_, 8) => tile::<S, T, 1, 8>(simd, at, k, panel, stored),
-                            (_, 4..) => tile::<S, T, 1, 4>(simd, at, k, panel, stored),
-                            (_, 2..) => tile::<S, T, 1, 2>(simd, at, k, panel, stored),
-                            _ => tile::<S, T, 1, 1>(simd, at, k, panel, stored),
-                        }
-                    };
+    let (rows, together) = rows_of_tile(simd, m);
+    let mut column = 0;
+    while column < columns {
+        let stored = columns - column;
+        // SAFETY: the panels of the chosen tile are among those of `columns`.
+        let panels = unsafe {
+            let b = operands.b.add(column / width * panel);
+            let at = Operands { b, c: operands.c.add(column), ..operands };
+            if rows < m {
+                rounds(simd, at, (m, k), stored)
+            } else {
+                let part = Part { k, stored, add: false, ahead: b, step: 0 };
+                let (_, panels) = match (rows, together.min(stored.div_ceil(width))) {
+                    (8, _) => tile::<S, T, 8, 1, false>(simd, at, part, panel),
+                    (4, 2) => tile::<S, T, 4, 2, false>(simd, at, part, panel),
+                    (4, _) => tile::<S, T, 4, 1, false>(simd, at, part, panel),
+                    (2, 4) => tile::<S, T, 2, 4, false>(simd, at, part, panel),
+                    (2, 2..) => tile::<S, T, 2, 2, false>(simd, at, part, panel),
+                    (2, _) => tile::<S, T, 2, 1, false>(simd, at, part, panel),
+                    (_, 8) => tile::<S, T, 1, 8, false>(simd, at, part, panel),
+                    (_, 4..) => tile::<S, T, 1, 4, false>(simd, at, part, panel),
+                    (_, 2..) => tile::<S, T, 1, 2, false>(simd, at, part, panel),
+                    _ => tile::<S, T, 1, 1, false>(simd, at, part, panel),
+                };
+                panels
             }
-            row += rows;
-        }
+        };
+        column += panels * width;
     }
 }
 
-/// R rows of C in the columns of G panels, of which at most `stored` are written; returns G.
+/// As many of `left` rows as a tile takes, and how many panels its sums leave room for.
+#[inline(always)]
+fn rows_of_tile<S: Simd>(simd: S, left: usize) -> (usize, usize) {
+    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
+    match (left, many_registers) {
+        (8.., true) => (8, 1),
+        (4.., true) => (4, 2),
+        (2.., true) => (2, 4),
+        (_, true) => (1, 8),
+        (4.., false) => (4, 1),
+        (2.., false) => (2, 2),
+        (_, false) => (1, 4),
+    }
+}
+
+/// More rows than a tile takes, in the columns of one panel; returns 1. All rows meet some rows of the panel before the next ones
+/// are needed, which are asked for meanwhile.
+///
+/// # Safety
+/// As [`all_panels`], for one panel.
+#[inline(always)]
+unsafe fn rounds<S: Simd, T: Scalar>(
+    simd: S,
+    operands: Operands<T>,
+    (m, k): (usize, usize),
+    stored: usize,
+) -> usize {
+    let row = VECTORS * T::Vector::<S>::LEN;
+    let depth = NEAR / (row * size_of::<T>());
+    let n_rounds = m.div_ceil(rows_of_tile(simd, m).0);
+    for p in (0..k).step_by(depth) {
+        let (mut i, mut ahead) = (0, operands.b.wrapping_add((p + depth) * row));
+        while i < m {
+            let part = Part { k: depth.min(k - p), stored, add: p > 0, ahead, step: row / n_rounds };
+            // SAFETY: p + the rows of this part <= k, i + the rows of the chosen tile <= m.
+            i += unsafe {
+                let at = Operands {
+                    a: operands.a.offset(i as isize * operands.a_row + p as isize * operands.a_column),
+                    b: operands.b.add(p * row),
+                    c: operands.c.offset(i as isize * operands.c_row),
+                    ..operands
+                };
+                let (rows, _) = match rows_of_tile(simd, m - i).0 {
+                    8 => tile::<S, T, 8, 1, true>(simd, at, part, 0),
+                    4 => tile::<S, T, 4, 1, true>(simd, at, part, 0),
+                    2 => tile::<S, T, 2, 1, true>(simd, at, part, 0),
+                    _ => tile::<S, T, 1, 1, true>(simd, at, part, 0),
+                };
+                rows
+            };
+            ahead = ahead.wrapping_add(part.k * part.step);
+        }
+    }
+    1
+}
+
+/// What of a panel a tile meets.
+#[derive(Clone, Copy)]
+struct Part<T> {
+    /// Rows of it.
+    k: usize,
+    /// How many columns of C are written at most.
+    stored: usize,
+    /// Whether sums go on from what C holds.
+    add: bool,
+    /// Where what comes next begins, and elements of it for each row.
+    ahead: *const T,
+    step: usize,
+}
+
+/// R rows of C in the columns of G panels; returns R and G. Asks for what comes next if AHEAD.
 ///
 /// # Safety
 /// As [`all_panels`], for m = R and G panels.
 #[inline(always)]
-unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize>(
+unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: bool>(
     simd: S,
     at: Operands<T>,
-    k: usize,
+    part: Part<T>,
     panel: usize,
-    stored: usize,
-) -> usize {
+) -> (usize, usize) {
     let lanes = T::Vector::<S>::LEN;
     let mut sums = [[[T::Vector::<S>::splat(simd, T::zero()); VECTORS]; R]; G];
+    // Where element j of a row of C is, and how many of the elements of its vector there are.
+    let place = |g: usize, i: usize, j: usize| {
+        let column = (g * VECTORS + j) * lanes;
+        // Wrapping: where none is stored, it may lie beyond C.
+        let c = at.c.wrapping_offset(i as isize * at.c_row).wrapping_add(column);
+        (c, part.stored.saturating_sub(column).min(lanes))
+    };
     // SAFETY: p < k, i < R and g < G name elements that the caller vouches for.
     unsafe {
         let load = |p: *const T| T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(p, lanes));
-        let (mut a, mut b) = (at.a, at.b);
-        for _ in 0..k {
+        if part.add {
+            for (g, sums) in sums.iter_mut().enumerate() {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    for (j, sum) in sums.iter_mut().enumerate() {
+                        let (c, left) = place(g, i, j);
+                        *sum = if left == lanes { load(c) } else { load_some(simd, c, left) };
+                    }
+                }
+            }
+        }
+        let (mut a, mut b, mut ahead) = (at.a, at.b, part.ahead);
+        for _ in 0..part.k {
             let factors: [_; R] =
                 std::array::from_fn(|i| T::Vector::<S>::splat(simd, *a.offset(i as isize * at.a_row)));
+            if AHEAD {
+                ask(ahead.cast());
+                ahead = ahead.wrapping_add(part.step);
+            }
             for (g, sums) in sums.iter_mut().enumerate() {
                 let row: [_; VECTORS] = std::array::from_fn(|j| load(b.add(g * panel + j * lanes)));
                 for (sums, &factor) in sums.iter_mut().zip(&factors) {
@@ -201,17 +282,39 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize>(
         for (g, sums) in sums.iter().enumerate() {
             for (i, sums) in sums.iter().enumerate() {
                 for (j, sum) in sums.iter().enumerate() {
-                    let column = (g * VECTORS + j) * lanes;
-                    let left = stored.saturating_sub(column).min(lanes);
-                    if left > 0 {
-                        let c = at.c.offset(i as isize * at.c_row).add(column);
-                        std::slice::from_raw_parts_mut(c, left).copy_from_slice(&sum.as_slice()[..left]);
+                    let (c, left) = place(g, i, j);
+                    if left == lanes {
+                        sum.store_slice(std::slice::from_raw_parts_mut(c, lanes));
+                    } else {
+                        store_some::<S, T>(*sum, c, left);
                     }
                 }
             }
         }
     }
-    G
+    (R, G)
+}
+
+/// The first `some` elements of a vector, then zeros.
+///
+/// # Safety
+/// `from` must be valid for so many elements.
+#[inline(never)]
+unsafe fn load_some<S: Simd, T: Scalar>(simd: S, from: *const T, some: usize) -> T::Vector<S> {
+    let mut padded = [T::zero(); MOST_LANES];
+    // SAFETY: the caller vouches for them.
+    padded[..some].copy_from_slice(unsafe { std::slice::from_raw_parts(from, some) });
+    T::Vector::<S>::from_slice(simd, &padded[..T::Vector::<S>::LEN])
+}
+
+/// Stores the first `some` elements of a vector.
+///
+/// # Safety
+/// `to` must be valid for so many elements.
+#[inline(never)]
+unsafe fn store_some<S: Simd, T: Scalar>(vector: T::Vector<S>, to: *mut T, some: usize) {
+    // SAFETY: the caller vouches for them.
+    unsafe { std::slice::from_raw_parts_mut(to, some) }.copy_from_slice(&vector.as_slice()[..some]);
 }
 
 #[cfg(test)]
