@@ -18,7 +18,7 @@ use ndarray::{ArrayView1, ArrayViewMut1, Zip, s};
 use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention, documents};
 use crate::compiled::compiled_here;
-use crate::ops::matmul::vector_product;
+use crate::ops::matmul::{prefetch_first, vector_product};
 use crate::ops::rows;
 use crate::ops::simd::{fused, on_best_simd};
 use crate::{Error, Scalar};
@@ -171,6 +171,9 @@ pub(super) fn attend<T: Scalar>(
     if !attention.cache {
         cached.fill(T::neg_infinity());
     }
+    // What is read next waits for memory while exponentials are taken.
+    prefetch_first(v);
+    prefetch_first(state.cache.mean());
     let count = state.cache.count();
     let count = count.as_slice().expect("standard layout");
     let (max, cached_sum, sum) = on_best_simd!(simd => softmax(simd, cached, count, recent)); // (2)

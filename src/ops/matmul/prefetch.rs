@@ -3,7 +3,7 @@
 //! A head's rows lie far apart in an array that is laid out token by token, so that the processor does not foresee the next
 //! one: reading a row for the first time would wait for memory. A hint changes nothing where it is wrong.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
 use crate::Scalar;
 use crate::ops::simd::LINE;
@@ -23,6 +23,14 @@ pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
         // Apart from each other they come slowly, and many: the first-level cache has no room for them so early.
         lines(rows, ask_second_level);
     }
+}
+
+/// Asks for as many of the first of these rows as are at most one page long.
+#[inline]
+pub(crate) fn prefetch_first<T: Scalar>(rows: ArrayView2<'_, T>) {
+    let (n, width) = rows.dim();
+    let first = PAGE / (width * size_of::<T>()).max(1);
+    prefetch(rows.slice_move(s![..first.min(n), ..]));
 }
 
 /// What to do with each cache line of rows whose elements lie side by side.

@@ -19,7 +19,7 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 
-use super::prefetch::ask;
+use super::prefetch::{ask, ask_second_level};
 use super::{add_product, product};
 use crate::Scalar;
 use crate::ops::simd::level;
@@ -28,9 +28,9 @@ use crate::ops::transpose::{MOST_LANES, transpose_square};
 /// Bytes of B that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
 
-/// Bytes up to which the rows that are read next are asked for while these are read. A processor does not fetch ahead across
-/// pages, and short rows fill one in no time; what long ones would bring up would not stay in the first-level cache.
-const NEAR: usize = 1 << 13;
+/// Bytes up to which the rows that are read next are brought into the first-level cache while these are read; more of them would
+/// not stay there, and come into the second. A processor does not fetch ahead across pages, and a row fills one in no time.
+const NEAREST: usize = 1 << 13;
 
 /// Columns of a task are a multiple of this, so that vectors fall as they would without a cut.
 const COLUMNS: usize = 64;
@@ -92,7 +92,7 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
     if !add {
         y.fill(T::zero());
     }
-    let near = b_row.unsigned_abs() * size_of::<T>() * 16 <= NEAR;
+    let near = b_row.unsigned_abs() * size_of::<T>() * 16 <= NEAREST;
     let mut p = 0;
     while p < x.len() {
         let rows = if many_registers { (x.len() - p).min(16) } else { (x.len() - p).min(8) };
@@ -111,12 +111,12 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
     }
 }
 
-/// `y += x B` for the first R rows; returns R. Asks for the R rows after them if AHEAD.
+/// `y += x B` for the first R rows; returns R. Asks for the R rows after them, NEAR into the first-level cache.
 ///
 /// # Safety
 /// As [`add_rows`], for R rows.
 #[inline(always)]
-unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const AHEAD: bool>(
+unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const NEAR: bool>(
     simd: S,
     x: &[T],
     b: *const T,
@@ -133,8 +133,11 @@ unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const AHEAD: bool>(
         let sums = &mut y[at..at + lanes];
         let mut sum = T::Vector::<S>::from_slice(simd, sums);
         for (&factor, row) in factors.iter().zip(&rows) {
-            if AHEAD {
-                ask(row.wrapping_offset(R as isize * b_row + at as isize).cast());
+            let later = row.wrapping_offset(R as isize * b_row + at as isize).cast();
+            if NEAR {
+                ask(later)
+            } else {
+                ask_second_level(later)
             }
             // SAFETY: columns at .. at + lanes of one of R rows.
             let b =
@@ -169,7 +172,7 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
     let lanes = T::Vector::<S>::LEN;
     let zero = T::Vector::<S>::splat(simd, T::zero());
     let next = lanes as isize * b_column;
-    let near = next.unsigned_abs() * size_of::<T>() <= NEAR;
+    let near = next.unsigned_abs() * size_of::<T>() <= NEAREST;
     let (chunks, rest) = x.split_at(x.len() / lanes * lanes);
     for (block, y) in y.chunks_mut(lanes).enumerate() {
         // Beyond the last column it is taken again, and not stored: every column is summed in the same way.
