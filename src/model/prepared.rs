@@ -8,6 +8,7 @@ use super::layer::{self, FEW_TOKENS, PieceReport};
 use super::{ModelState, Transformer};
 use crate::compiled::compiled_here;
 use crate::ops::matmul::PackedWeights;
+use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// A model with everything computed that depends on its parameters alone: relative biases and codewords of every unit, and
@@ -72,15 +73,17 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         tokens: ArrayView2<'_, u32>,
         state: &mut ModelState<T>,
     ) -> Result<(Array3<T>, Vec<PieceReport>), Error> {
-        compiled_here!(
-            T,
-            |model, tokens, state| model.push_here(tokens, state),
-            fn(
-                &Prepared<'_, T>,
-                ArrayView2<'_, u32>,
-                &mut ModelState<T>,
-            ) -> Result<(Array3<T>, Vec<PieceReport>), Error>
-        )(self, tokens, state)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                |model, tokens, state| model.push_here(tokens, state),
+                fn(
+                    &Prepared<'_, T>,
+                    ArrayView2<'_, u32>,
+                    &mut ModelState<T>,
+                ) -> Result<(Array3<T>, Vec<PieceReport>), Error>
+            )(self, tokens, state)
+        })
     }
 
     fn push_here(

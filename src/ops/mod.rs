@@ -22,6 +22,7 @@ pub mod rms_norm;
 pub(crate) mod rows;
 pub mod silu;
 pub(crate) mod simd;
+pub(crate) mod threads;
 pub(crate) mod transpose;
 pub(crate) mod triangle;
 

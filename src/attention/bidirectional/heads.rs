@@ -19,6 +19,7 @@ use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::finite::check_finite;
+use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -133,16 +134,18 @@ impl BidirectionalAttention {
         codebook: &Codebook<T>,
         output: &mut BidirectionalOutput<T>,
     ) -> Result<BidirectionalSaved<T>, Error> {
-        compiled_here!(
-            T,
-            BidirectionalAttention::forward_into_here::<T>,
-            fn(
-                &BidirectionalAttention,
-                &BidirectionalInputs<'_, T>,
-                &Codebook<T>,
-                &mut BidirectionalOutput<T>,
-            ) -> Result<BidirectionalSaved<T>, Error>
-        )(self, inputs, codebook, output)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                BidirectionalAttention::forward_into_here::<T>,
+                fn(
+                    &BidirectionalAttention,
+                    &BidirectionalInputs<'_, T>,
+                    &Codebook<T>,
+                    &mut BidirectionalOutput<T>,
+                ) -> Result<BidirectionalSaved<T>, Error>
+            )(self, inputs, codebook, output)
+        })
     }
 
     fn forward_into_here<T: Scalar>(
@@ -195,19 +198,21 @@ impl BidirectionalAttention {
         commit_weight: f64,
         gradients: &mut BidirectionalGradients<T>,
     ) -> Result<(), Error> {
-        compiled_here!(
-            T,
-            BidirectionalAttention::backward_into_here::<T>,
-            fn(
-                &BidirectionalAttention,
-                &BidirectionalInputs<'_, T>,
-                BidirectionalSaved<T>,
-                ArrayView4<'_, T>,
-                Estimator,
-                f64,
-                &mut BidirectionalGradients<T>,
-            ) -> Result<(), Error>
-        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                BidirectionalAttention::backward_into_here::<T>,
+                fn(
+                    &BidirectionalAttention,
+                    &BidirectionalInputs<'_, T>,
+                    BidirectionalSaved<T>,
+                    ArrayView4<'_, T>,
+                    Estimator,
+                    f64,
+                    &mut BidirectionalGradients<T>,
+                ) -> Result<(), Error>
+            )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+        })
     }
 
     fn backward_into_here<T: Scalar>(

@@ -28,6 +28,7 @@ use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
 use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
+use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -201,17 +202,19 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
         output: &mut BatchOutput<T>,
     ) -> (BatchSaved<T>, bool) {
-        compiled_here!(
-            T,
-            VqAttention::forward_unchecked_here::<T>,
-            fn(
-                &VqAttention,
-                &BatchInputs<'_, T>,
-                &Table<T>,
-                &mut Array2<AttentionState<T>>,
-                &mut BatchOutput<T>,
-            ) -> (BatchSaved<T>, bool)
-        )(self, inputs, table, states, output)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                VqAttention::forward_unchecked_here::<T>,
+                fn(
+                    &VqAttention,
+                    &BatchInputs<'_, T>,
+                    &Table<T>,
+                    &mut Array2<AttentionState<T>>,
+                    &mut BatchOutput<T>,
+                ) -> (BatchSaved<T>, bool)
+            )(self, inputs, table, states, output)
+        })
     }
 
     fn forward_unchecked_here<T: Scalar>(
@@ -242,16 +245,18 @@ impl VqAttention {
         codebook: &Codebook<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
-        compiled_here!(
-            T,
-            VqAttention::push_here::<T>,
-            fn(
-                &VqAttention,
-                &BatchInputs<'_, T>,
-                &Codebook<T>,
-                &mut Array2<AttentionState<T>>,
-            ) -> Result<BatchOutput<T>, Error>
-        )(self, inputs, codebook, states)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                VqAttention::push_here::<T>,
+                fn(
+                    &VqAttention,
+                    &BatchInputs<'_, T>,
+                    &Codebook<T>,
+                    &mut Array2<AttentionState<T>>,
+                ) -> Result<BatchOutput<T>, Error>
+            )(self, inputs, codebook, states)
+        })
     }
 
     fn push_here<T: Scalar>(
@@ -335,19 +340,21 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> bool {
-        compiled_here!(
-            T,
-            VqAttention::backward_unchecked_here::<T>,
-            fn(
-                &VqAttention,
-                &BatchInputs<'_, T>,
-                BatchSaved<T>,
-                ArrayView4<'_, T>,
-                Estimator,
-                f64,
-                &mut BatchGradients<T>,
-            ) -> bool
-        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                VqAttention::backward_unchecked_here::<T>,
+                fn(
+                    &VqAttention,
+                    &BatchInputs<'_, T>,
+                    BatchSaved<T>,
+                    ArrayView4<'_, T>,
+                    Estimator,
+                    f64,
+                    &mut BatchGradients<T>,
+                ) -> bool
+            )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
+        })
     }
 
     fn backward_unchecked_here<T: Scalar>(

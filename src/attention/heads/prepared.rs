@@ -25,6 +25,7 @@ use crate::codebook::{Codebook, commitment};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::matmul::PackedWeights;
+use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// Attention over heads with a codebook and relative biases that stay as they are: for decoding, where to make them ready costs
@@ -135,17 +136,19 @@ impl VqAttention {
         columns: Option<&[HeadColumns<T>]>,
         states: &mut Array2<AttentionState<T>>,
     ) -> BatchOutput<T> {
-        compiled_here!(
-            T,
-            VqAttention::push_unchecked_here::<T>,
-            fn(
-                &VqAttention,
-                &BatchInputs<'_, T>,
-                &Table<T>,
-                Option<&[HeadColumns<T>]>,
-                &mut Array2<AttentionState<T>>,
-            ) -> BatchOutput<T>
-        )(self, inputs, table, columns, states)
+        in_pool(|| {
+            compiled_here!(
+                T,
+                VqAttention::push_unchecked_here::<T>,
+                fn(
+                    &VqAttention,
+                    &BatchInputs<'_, T>,
+                    &Table<T>,
+                    Option<&[HeadColumns<T>]>,
+                    &mut Array2<AttentionState<T>>,
+                ) -> BatchOutput<T>
+            )(self, inputs, table, columns, states)
+        })
     }
 
     fn push_unchecked_here<T: Scalar>(
