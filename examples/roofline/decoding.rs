@@ -1,7 +1,7 @@
 //! Decoding: token by token, where every weight and every state is read for each token, and memory is what limits.
 //!
 //! Bytes of a step: all weights that a token meets, codewords and relative biases once, and of every stream the mean values of
-//! its caches and the keys and values of its windows. Weights are read once for all streams, states are not: `at most` is how many
+//! its caches and the codes and values of its windows. Weights are read once for all streams, states are not: `at most` is how many
 //! times as many tokens eight streams could have as one by these bytes, if both read as fast. Nobody waits for a million tokens: states are put together from parts
 //! that such a position would have, random values under evenly spread counts.
 
@@ -129,7 +129,7 @@ fn row(run: &Run<'_>, report: &mut Report, shape: &Shape, model: &Transformer<f3
 fn bytes(shape: &Shape, units: usize, streams: usize) -> f64 {
     let &Shape { heads, d_k, d_v, n_codes, block_len: window, d_model, .. } = shape;
     let of_unit = shape.unit_weights() + 2 * d_model + heads * d_k * (n_codes + window + 1);
-    let state = heads * (n_codes * d_v + window * (d_k + d_v));
+    let state = heads * (n_codes * d_v + window * (1 + d_v));
     let output = d_model * 256;
     (size_of::<f32>() * (output + units * (of_unit + streams * state))) as f64
 }

@@ -19,6 +19,18 @@ pub struct AttentionState<T> {
     codes: Array1<u32>,
     k_hat: Array2<T>,
     v: Array2<T>,
+    table: LastTable,
+}
+
+/// The table of codewords that the window's keys are known to be rows of; 0 where nobody has looked. A note, no part of a state:
+/// it is written again from the keys themselves.
+#[derive(Debug, Clone, Copy, Default)]
+struct LastTable(u64);
+
+impl PartialEq for LastTable {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// The keys of a window in the order of their positions, oldest first.
@@ -52,6 +64,7 @@ impl<T: Scalar> AttentionState<T> {
             codes: Array1::zeros(window),
             k_hat: Array2::zeros((window, d_k)),
             v: Array2::zeros((window, d_v)),
+            table: LastTable::default(),
         })
     }
 
@@ -120,6 +133,7 @@ impl<T: Scalar> AttentionState<T> {
             codes: Array1::zeros(self.window()),
             k_hat: Array2::zeros(self.k_hat.raw_dim()),
             v: Array2::zeros(self.v.raw_dim()),
+            table: LastTable::default(),
         }
     }
 
@@ -182,6 +196,7 @@ impl<T: Scalar> AttentionState<T> {
             self.k_hat.row_mut(slot).assign(&k_hat);
             self.v.row_mut(slot).assign(&v);
         }
+        self.table = LastTable::default();
         self.position += 1;
     }
 
@@ -203,6 +218,32 @@ impl<T: Scalar> AttentionState<T> {
     pub(super) fn slots(&self) -> (ArrayView2<'_, T>, ArrayView2<'_, T>, usize) {
         let held = usize::try_from(self.position).map_or(self.window(), |p| p.min(self.window()));
         (self.k_hat.slice(s![..held, ..]), self.v.slice(s![..held, ..]), held)
+    }
+
+    /// Whether each of the window's keys is the codeword that its code has today, so that its score is that of its code. `table`,
+    /// not 0, is the same number for the same codewords: they are compared once.
+    pub(super) fn holds_codewords(&mut self, table: u64, codewords: ArrayView2<'_, T>) -> bool {
+        if self.table.0 != table {
+            let (keys, _, held) = self.slots();
+            let same = |(&code, key): (&u32, ArrayView1<'_, T>)| key == codewords.row(code as usize);
+            if !self.codes.iter().zip(keys.rows()).take(held).all(same) {
+                return false;
+            }
+            self.table = LastTable(table);
+        }
+        true
+    }
+
+    /// Codes of the window's keys by slot.
+    pub(super) fn codes(&self) -> ArrayView1<'_, u32> {
+        self.codes.slice(s![..self.slots().2])
+    }
+
+    /// [`push`](Self::push) of a key whose codeword is among those that were last compared, or not, as before.
+    pub(super) fn push_codeword(&mut self, code: u32, codewords: ArrayView2<'_, T>, v: ArrayView1<'_, T>) {
+        let table = self.table;
+        self.push(code, codewords.row(code as usize), v);
+        self.table = table;
     }
 
     /// The slot that was filled last; 0 where none is.

@@ -116,6 +116,8 @@ pub(super) struct Scored<'a, T> {
     pub biases: Option<&'a [T]>,
     /// Of its key.
     pub code: u32,
+    /// Whether the keys of the window are codewords of today: then their scores are those of their codes.
+    pub looks_up: bool,
     /// `[V]`.
     pub v: ArrayView1<'a, T>,
 }
@@ -145,6 +147,7 @@ fn token<T: Scalar>(
         content: &content,
         biases: biases.as_deref(),
         code: inputs.codes[i],
+        looks_up: false,
         v: inputs.v.row(i),
     };
     attend(attention, &scored, state, out)
@@ -163,7 +166,14 @@ pub(super) fn attend<T: Scalar>(
     let mut scores = vec![T::zero(); n_codes + held + 1];
     let (cached, recent) = scores.split_at_mut(n_codes);
     cached.copy_from_slice(token.content);
-    vector_product(&[(token.q, k_hat.t())], &mut recent[..held]); // (1)
+    // (1)
+    if token.looks_up {
+        for (score, &code) in recent.iter_mut().zip(state.codes()) {
+            *score = token.content[code as usize];
+        }
+    } else {
+        vector_product(&[(token.q, k_hat.t())], &mut recent[..held]);
+    }
     recent[held] = cached[token.code as usize];
     if let Some(biases) = token.biases {
         add_biases(biases, state.newest(), recent);

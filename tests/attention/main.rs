@@ -7,6 +7,7 @@ mod forms;
 mod groups;
 mod heads;
 mod laws;
+mod prepared;
 mod quadratic;
 #[allow(dead_code)] // each test takes its part
 #[path = "../support/mod.rs"]

@@ -6,12 +6,16 @@
 //! per head:               c'_s . (q + u)  and  c'_s . k       one product, for all sequences together; c' = c - mean of c
 //!                         (q + w) . r_d                       another
 //!                         a_s = c'_s . (q + u) + mean . (q + u),   z from c'_s . k as in `assign`
-//! per sequence and head:  attention as in `stream`            the keys of its window, its values, its cache
+//! per sequence and head:  attention as in `stream`            the codes of its window, its values, its cache
 //! ```
+//!
+//! A key of the window scores as its code does, as long as codewords have not moved since it was stored: that is seen by comparing
+//! them, once for the same codewords. Otherwise its own product is taken.
 //!
 //! So codewords and relative biases are read once for all sequences, codewords for queries and keys alike.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ndarray::{Array2, Array3, ArrayView1, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
@@ -181,7 +185,12 @@ pub(crate) struct HeadColumns<T> {
     centred: PackedWeights<T>,
     /// r [K, M+1].
     relative: Option<PackedWeights<T>>,
+    /// A number of these codewords' own, not 0.
+    table: u64,
 }
+
+/// The last number that was given to a table of codewords.
+static LAST_TABLE: AtomicU64 = AtomicU64::new(0);
 
 impl<T: Scalar> HeadColumns<T> {
     /// Of every key head; `relative` [Hk, M+1, K].
@@ -189,6 +198,7 @@ impl<T: Scalar> HeadColumns<T> {
         let head = |(h, packed): (usize, &PackedCodewords<T>)| HeadColumns {
             centred: PackedWeights::new(&[packed.centred.t()]),
             relative: relative.map(|r| PackedWeights::new(&[r.index_axis_move(Axis(0), h).reversed_axes()])),
+            table: 1 + LAST_TABLE.fetch_add(1, Ordering::Relaxed),
         };
         table.packed.iter().enumerate().map(head).collect()
     }
@@ -227,6 +237,8 @@ fn push_token<T: Scalar>(
             let (b, h) = (n / n_key_heads, n % n_key_heads);
             let HeadScores { rows, products, biases, codes } = &scores[h];
             let v = inputs.v.slice(s![b, h, 0, ..]);
+            let codewords = table.codewords.index_axis(Axis(0), h);
+            let looks_up = state.holds_codewords(columns[h].table, codewords);
             let attend = |(member, mut out): (usize, ArrayViewMut2<'_, T>)| {
                 let [q, content] = [rows, products].map(|array| array.row(b * group + member));
                 let biases = biases.as_ref().map(|biases| biases.row(b * group + member));
@@ -235,13 +247,13 @@ fn push_token<T: Scalar>(
                     content: content.to_slice().expect(CONTIGUOUS),
                     biases: biases.map(|biases| biases.to_slice().expect(CONTIGUOUS)),
                     code: codes[b],
+                    looks_up,
                     v,
                 };
                 stream::attend(attention, &token, state, out.row_mut(0))
             };
             let of_queries: Vec<_> = outs.into_par_iter().enumerate().map(attend).collect();
-            let codewords = table.codewords.index_axis(Axis(0), h);
-            state.push(codes[b], codewords.row(codes[b] as usize), v);
+            state.push_codeword(codes[b], codewords, v);
             let key = inputs.k.slice(s![b, h, .., ..]);
             let error = commitment::squared_error(key, ArrayView1::from(&codes[b..=b]), codewords, None);
             (codes[b], of_queries, error)
