@@ -224,6 +224,7 @@ impl<T: Scalar> AttentionState<T> {
     /// not 0, is the same number for the same codewords: they are compared once.
     pub(super) fn holds_codewords(&mut self, table: u64, codewords: ArrayView2<'_, T>) -> bool {
         if self.table.0 != table {
+            self.table = LastTable::default();
             let (keys, _, held) = self.slots();
             let same = |(&code, key): (&u32, ArrayView1<'_, T>)| key == codewords.row(code as usize);
             if !self.codes.iter().zip(keys.rows()).take(held).all(same) {
