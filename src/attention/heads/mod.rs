@@ -202,19 +202,17 @@ impl VqAttention {
         states: &mut Array2<AttentionState<T>>,
         output: &mut BatchOutput<T>,
     ) -> (BatchSaved<T>, bool) {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                VqAttention::forward_unchecked_here::<T>,
-                fn(
-                    &VqAttention,
-                    &BatchInputs<'_, T>,
-                    &Table<T>,
-                    &mut Array2<AttentionState<T>>,
-                    &mut BatchOutput<T>,
-                ) -> (BatchSaved<T>, bool)
-            )(self, inputs, table, states, output)
-        })
+        compiled_here!(
+            T,
+            VqAttention::forward_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Table<T>,
+                &mut Array2<AttentionState<T>>,
+                &mut BatchOutput<T>,
+            ) -> (BatchSaved<T>, bool)
+        )(self, inputs, table, states, output)
     }
 
     fn forward_unchecked_here<T: Scalar>(
@@ -245,18 +243,16 @@ impl VqAttention {
         codebook: &Codebook<T>,
         states: &mut Array2<AttentionState<T>>,
     ) -> Result<BatchOutput<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                VqAttention::push_here::<T>,
-                fn(
-                    &VqAttention,
-                    &BatchInputs<'_, T>,
-                    &Codebook<T>,
-                    &mut Array2<AttentionState<T>>,
-                ) -> Result<BatchOutput<T>, Error>
-            )(self, inputs, codebook, states)
-        })
+        compiled_here!(
+            T,
+            VqAttention::push_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Codebook<T>,
+                &mut Array2<AttentionState<T>>,
+            ) -> Result<BatchOutput<T>, Error>
+        )(self, inputs, codebook, states)
     }
 
     fn push_here<T: Scalar>(
