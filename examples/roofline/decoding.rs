@@ -2,8 +2,8 @@
 //!
 //! Bytes of a step: all weights that a token meets, codewords and relative biases once, and of every stream the mean values of
 //! its caches and the codes and values of its windows. Weights are read once for all streams, states are not: `at most` is how many
-//! times as many tokens eight streams could have as one by these bytes, if both read as fast. Nobody waits for a million tokens: states are put together from parts
-//! that such a position would have, random values under evenly spread counts.
+//! times as many tokens eight streams could have as one by these bytes, if both read as fast. Nobody waits for a million tokens:
+//! states are put together from parts that such a position would have, random values under evenly spread counts.
 
 use std::hint::black_box;
 

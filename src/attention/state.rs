@@ -240,7 +240,8 @@ impl<T: Scalar> AttentionState<T> {
         self.codes.slice(s![..self.slots().2])
     }
 
-    /// [`push`](Self::push) of a key whose codeword is among those that were last compared, or not, as before.
+    /// [`push`](Self::push) of one of the codewords that [`holds_codewords`](Self::holds_codewords) has just been asked about: its
+    /// answer stays right.
     pub(super) fn push_codeword(&mut self, code: u32, codewords: ArrayView2<'_, T>, v: ArrayView1<'_, T>) {
         let table = self.table;
         self.push(code, codewords.row(code as usize), v);

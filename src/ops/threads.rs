@@ -4,7 +4,8 @@
 ///
 /// From a thread outside of it, such as a program's main thread, each parallel loop is handed over by waking one of the pool's
 /// threads and waited for asleep: some tens of microseconds. A token's pass through a model has dozens of loops that take no
-/// longer themselves. Entering once, it pays once.
+/// longer themselves. Entering once, it pays once. So passes of models enter, and the tokens of prepared heads; the few loops of
+/// attention over a whole piece take longer than that.
 pub(crate) fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { f() } else { rayon::scope(|_| f()) }
 }

@@ -14,7 +14,6 @@ use super::optimizer::{Pace, sum_of_squares};
 use super::{Optimizer, StepReport};
 use crate::compiled::compiled_here;
 use crate::model::{Encoder, EncoderBatch, EncoderLoss};
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// An encoder in training, with its optimizer's moments.
@@ -86,13 +85,11 @@ impl<T: Scalar> EncoderTrainer<T> {
     /// [`Error::Diverged`] if the loss, the gradient or what attention reads is not finite; a batch that does not fit (see
     /// [`Encoder::loss_and_gradients`]); a factor that is not finite. Nothing has changed then.
     pub fn step(&mut self, batch: &EncoderBatch<'_>, factor: f64) -> Result<StepReport, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                EncoderTrainer::<T>::step_here,
-                fn(&mut EncoderTrainer<T>, &EncoderBatch<'_>, f64) -> Result<StepReport, Error>
-            )(self, batch, factor)
-        })
+        compiled_here!(
+            T,
+            EncoderTrainer::<T>::step_here,
+            fn(&mut EncoderTrainer<T>, &EncoderBatch<'_>, f64) -> Result<StepReport, Error>
+        )(self, batch, factor)
     }
 
     fn step_here(&mut self, batch: &EncoderBatch<'_>, factor: f64) -> Result<StepReport, Error> {

@@ -19,7 +19,6 @@ use super::optimizer::{Pace, assign, sum_of_squares};
 use super::{Batch, Gradients, Optimizer, ParameterGroup, StepReport};
 use crate::compiled::compiled_here;
 use crate::model::{CodebookStart, DropoutSeed, ModelState, Revival, Transformer};
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// A model in training: its optimizer's moments and the state carried from batch to batch.
@@ -208,13 +207,11 @@ impl<T: Scalar> Trainer<T> {
     /// # Errors
     /// Batches that do not fit, tokens outside the vocabulary, fewer sequences than micro-batches. Nothing has changed then.
     pub fn gradients(&mut self, batch: &Batch) -> Result<Gradients<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                Trainer::<T>::gradients_here,
-                fn(&mut Trainer<T>, &Batch) -> Result<Gradients<T>, Error>
-            )(self, batch)
-        })
+        compiled_here!(
+            T,
+            Trainer::<T>::gradients_here,
+            fn(&mut Trainer<T>, &Batch) -> Result<Gradients<T>, Error>
+        )(self, batch)
     }
 
     fn gradients_here(&mut self, batch: &Batch) -> Result<Gradients<T>, Error> {

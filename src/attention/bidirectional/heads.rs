@@ -19,7 +19,6 @@ use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::finite::check_finite;
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -134,18 +133,16 @@ impl BidirectionalAttention {
         codebook: &Codebook<T>,
         output: &mut BidirectionalOutput<T>,
     ) -> Result<BidirectionalSaved<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                BidirectionalAttention::forward_into_here::<T>,
-                fn(
-                    &BidirectionalAttention,
-                    &BidirectionalInputs<'_, T>,
-                    &Codebook<T>,
-                    &mut BidirectionalOutput<T>,
-                ) -> Result<BidirectionalSaved<T>, Error>
-            )(self, inputs, codebook, output)
-        })
+        compiled_here!(
+            T,
+            BidirectionalAttention::forward_into_here::<T>,
+            fn(
+                &BidirectionalAttention,
+                &BidirectionalInputs<'_, T>,
+                &Codebook<T>,
+                &mut BidirectionalOutput<T>,
+            ) -> Result<BidirectionalSaved<T>, Error>
+        )(self, inputs, codebook, output)
     }
 
     fn forward_into_here<T: Scalar>(
@@ -198,21 +195,19 @@ impl BidirectionalAttention {
         commit_weight: f64,
         gradients: &mut BidirectionalGradients<T>,
     ) -> Result<(), Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                BidirectionalAttention::backward_into_here::<T>,
-                fn(
-                    &BidirectionalAttention,
-                    &BidirectionalInputs<'_, T>,
-                    BidirectionalSaved<T>,
-                    ArrayView4<'_, T>,
-                    Estimator,
-                    f64,
-                    &mut BidirectionalGradients<T>,
-                ) -> Result<(), Error>
-            )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
-        })
+        compiled_here!(
+            T,
+            BidirectionalAttention::backward_into_here::<T>,
+            fn(
+                &BidirectionalAttention,
+                &BidirectionalInputs<'_, T>,
+                BidirectionalSaved<T>,
+                ArrayView4<'_, T>,
+                Estimator,
+                f64,
+                &mut BidirectionalGradients<T>,
+            ) -> Result<(), Error>
+        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
     }
 
     fn backward_into_here<T: Scalar>(

@@ -28,7 +28,6 @@ use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
 use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -336,21 +335,19 @@ impl VqAttention {
         commit_weight: f64,
         gradients: &mut BatchGradients<T>,
     ) -> bool {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                VqAttention::backward_unchecked_here::<T>,
-                fn(
-                    &VqAttention,
-                    &BatchInputs<'_, T>,
-                    BatchSaved<T>,
-                    ArrayView4<'_, T>,
-                    Estimator,
-                    f64,
-                    &mut BatchGradients<T>,
-                ) -> bool
-            )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
-        })
+        compiled_here!(
+            T,
+            VqAttention::backward_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                BatchSaved<T>,
+                ArrayView4<'_, T>,
+                Estimator,
+                f64,
+                &mut BatchGradients<T>,
+            ) -> bool
+        )(self, inputs, saved, d_out, estimator, commit_weight, gradients)
     }
 
     fn backward_unchecked_here<T: Scalar>(

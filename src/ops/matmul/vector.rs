@@ -192,11 +192,7 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
             if !rest.is_empty() {
                 // SAFETY: the last numbers of a column of b.
                 let b = unsafe { std::slice::from_raw_parts(column.add(chunks.len()), rest.len()) };
-                let [x, b] = [rest, b].map(|numbers| {
-                    let mut padded = [T::zero(); MOST_LANES];
-                    padded[..numbers.len()].copy_from_slice(numbers);
-                    T::Vector::<S>::from_slice(simd, &padded[..lanes])
-                });
+                let [x, b] = [rest, b].map(|numbers| load_some::<S, T>(simd, numbers));
                 *sum = x.mul_add(b, *sum);
             }
         }
@@ -213,6 +209,14 @@ unsafe fn dot_columns<S: Simd, T: Scalar>(
             *y = if add { *y + sum } else { sum };
         }
     }
+}
+
+/// These numbers, at most as many as a vector has, then zeros.
+#[inline]
+pub(super) fn load_some<S: Simd, T: Scalar>(simd: S, numbers: &[T]) -> T::Vector<S> {
+    let mut padded = [T::zero(); MOST_LANES];
+    padded[..numbers.len()].copy_from_slice(numbers);
+    T::Vector::<S>::from_slice(simd, &padded[..T::Vector::<S>::LEN])
 }
 
 #[cfg(test)]

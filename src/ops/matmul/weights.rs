@@ -23,9 +23,9 @@ use rayon::prelude::*;
 
 use super::prefetch::ask;
 use super::tile::{Operands, VECTORS};
+use super::vector::load_some;
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
-use crate::ops::transpose::MOST_LANES;
 
 /// Bytes of panels that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
@@ -134,7 +134,8 @@ unsafe fn all_panels<S: Simd, T: Scalar>(
             let b = operands.b.add(column / width * panel);
             let at = Operands { b, c: operands.c.add(column), ..operands };
             if rows < m {
-                rounds(simd, at, (m, k), stored)
+                rounds(simd, at, (m, k), stored);
+                1
             } else {
                 let part = Part { k, stored, add: false, ahead: b, step: 0 };
                 let (_, panels) = match (rows, together.min(stored.div_ceil(width))) {
@@ -171,18 +172,13 @@ fn rows_of_tile<S: Simd>(simd: S, left: usize) -> (usize, usize) {
     }
 }
 
-/// More rows than a tile takes, in the columns of one panel; returns 1. All rows meet some rows of the panel before the next ones
+/// More rows than a tile takes, in the columns of one panel. All rows meet some rows of the panel before the next ones
 /// are needed, which are asked for meanwhile.
 ///
 /// # Safety
 /// As [`all_panels`], for one panel.
 #[inline(always)]
-unsafe fn rounds<S: Simd, T: Scalar>(
-    simd: S,
-    operands: Operands<T>,
-    (m, k): (usize, usize),
-    stored: usize,
-) -> usize {
+unsafe fn rounds<S: Simd, T: Scalar>(simd: S, operands: Operands<T>, (m, k): (usize, usize), stored: usize) {
     let row = VECTORS * T::Vector::<S>::LEN;
     let depth = NEAR / (row * size_of::<T>());
     let n_rounds = m.div_ceil(rows_of_tile(simd, m).0);
@@ -209,7 +205,6 @@ unsafe fn rounds<S: Simd, T: Scalar>(
             ahead = ahead.wrapping_add(part.k * part.step);
         }
     }
-    1
 }
 
 /// What of a panel a tile meets.
@@ -254,7 +249,11 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: 
                 for (i, sums) in sums.iter_mut().enumerate() {
                     for (j, sum) in sums.iter_mut().enumerate() {
                         let (c, left) = place(g, i, j);
-                        *sum = if left == lanes { load(c) } else { load_some(simd, c, left) };
+                        *sum = if left == lanes {
+                            load(c)
+                        } else {
+                            load_some::<S, T>(simd, std::slice::from_raw_parts(c, left))
+                        };
                     }
                 }
             }
@@ -293,18 +292,6 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: 
         }
     }
     (R, G)
-}
-
-/// The first `some` elements of a vector, then zeros.
-///
-/// # Safety
-/// `from` must be valid for so many elements.
-#[inline(never)]
-unsafe fn load_some<S: Simd, T: Scalar>(simd: S, from: *const T, some: usize) -> T::Vector<S> {
-    let mut padded = [T::zero(); MOST_LANES];
-    // SAFETY: the caller vouches for them.
-    padded[..some].copy_from_slice(unsafe { std::slice::from_raw_parts(from, some) });
-    T::Vector::<S>::from_slice(simd, &padded[..T::Vector::<S>::LEN])
 }
 
 /// Stores the first `some` elements of a vector.
