@@ -15,7 +15,6 @@ use super::{DropoutSeed, LayerReport, ModelState, Parameters, Transformer};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::cross_entropy;
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// The losses of a batch, their gradients, and what every unit reports.
@@ -65,20 +64,18 @@ impl<T: Scalar> Transformer<T> {
         state: &mut ModelState<T>,
         dropout: Option<DropoutSeed>,
     ) -> Result<LossAndGradients<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                Transformer::<T>::loss_and_gradients_dropping_here,
-                fn(
-                    &Transformer<T>,
-                    ArrayView2<'_, u32>,
-                    ArrayView2<'_, u32>,
-                    Option<ArrayView2<'_, bool>>,
-                    &mut ModelState<T>,
-                    Option<DropoutSeed>,
-                ) -> Result<LossAndGradients<T>, Error>
-            )(self, tokens, targets, mask, state, dropout)
-        })
+        compiled_here!(
+            T,
+            Transformer::<T>::loss_and_gradients_dropping_here,
+            fn(
+                &Transformer<T>,
+                ArrayView2<'_, u32>,
+                ArrayView2<'_, u32>,
+                Option<ArrayView2<'_, bool>>,
+                &mut ModelState<T>,
+                Option<DropoutSeed>,
+            ) -> Result<LossAndGradients<T>, Error>
+        )(self, tokens, targets, mask, state, dropout)
     }
 
     fn loss_and_gradients_dropping_here(

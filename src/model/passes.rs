@@ -12,7 +12,6 @@ use super::transformer::flat;
 use super::{ModelConfig, ModelState, Transformer, UnitState};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
-use crate::ops::threads::in_pool;
 use crate::ops::{embedding, linear, positions, rms_norm};
 use crate::{Error, Scalar};
 
@@ -87,19 +86,17 @@ impl<T: Scalar> Transformer<T> {
         state: &mut ModelState<T>,
         dropout: Option<DropoutSeed>,
     ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                Transformer::<T>::forward_dropping_here,
-                fn(
-                    &Transformer<T>,
-                    ArrayView2<'_, u32>,
-                    Option<ArrayView2<'_, bool>>,
-                    &mut ModelState<T>,
-                    Option<DropoutSeed>,
-                ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error>
-            )(self, tokens, mask, state, dropout)
-        })
+        compiled_here!(
+            T,
+            Transformer::<T>::forward_dropping_here,
+            fn(
+                &Transformer<T>,
+                ArrayView2<'_, u32>,
+                Option<ArrayView2<'_, bool>>,
+                &mut ModelState<T>,
+                Option<DropoutSeed>,
+            ) -> Result<(Array3<T>, Vec<LayerReport<T>>, Saved<T>), Error>
+        )(self, tokens, mask, state, dropout)
     }
 
     #[allow(clippy::type_complexity)] // three results of one pass
@@ -167,13 +164,11 @@ impl<T: Scalar> Transformer<T> {
         d_logits: Array3<T>,
         gradients: &mut Parameters<T>,
     ) -> Result<(), Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                Transformer::<T>::backward_here,
-                fn(&Transformer<T>, Saved<T>, Array3<T>, &mut Parameters<T>) -> Result<(), Error>
-            )(self, saved, d_logits, gradients)
-        })
+        compiled_here!(
+            T,
+            Transformer::<T>::backward_here,
+            fn(&Transformer<T>, Saved<T>, Array3<T>, &mut Parameters<T>) -> Result<(), Error>
+        )(self, saved, d_logits, gradients)
     }
 
     fn backward_here(

@@ -73,7 +73,7 @@ impl<'m, T: Scalar> Prepared<'m, T> {
         tokens: ArrayView2<'_, u32>,
         state: &mut ModelState<T>,
     ) -> Result<(Array3<T>, Vec<PieceReport>), Error> {
-        in_pool(|| {
+        let mut pass = || {
             compiled_here!(
                 T,
                 |model, tokens, state| model.push_here(tokens, state),
@@ -83,7 +83,8 @@ impl<'m, T: Scalar> Prepared<'m, T> {
                     &mut ModelState<T>,
                 ) -> Result<(Array3<T>, Vec<PieceReport>), Error>
             )(self, tokens, state)
-        })
+        };
+        if tokens.len() <= FEW_TOKENS { in_pool(pass) } else { pass() }
     }
 
     fn push_here(

@@ -4,8 +4,10 @@
 ///
 /// From a thread outside of it, such as a program's main thread, each parallel loop is handed over by waking one of the pool's
 /// threads and waited for asleep: some tens of microseconds. A token's pass through a model has dozens of loops that take no
-/// longer themselves. Entering once, it pays once. So passes of models enter, and the tokens of prepared heads; the few loops of
-/// attention over a whole piece take longer than that.
+/// longer themselves. Entering once, it pays once.
+///
+/// Loops over many tokens take longer, and gain nothing. Their arrays are better allocated by the thread that calls: allocators keep a
+/// part of the heap for each thread, and whichever of the pool's threads runs a pass grows its own.
 pub(crate) fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { f() } else { rayon::scope(|_| f()) }
 }

@@ -140,19 +140,17 @@ impl VqAttention {
         columns: Option<&[HeadColumns<T>]>,
         states: &mut Array2<AttentionState<T>>,
     ) -> BatchOutput<T> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                VqAttention::push_unchecked_here::<T>,
-                fn(
-                    &VqAttention,
-                    &BatchInputs<'_, T>,
-                    &Table<T>,
-                    Option<&[HeadColumns<T>]>,
-                    &mut Array2<AttentionState<T>>,
-                ) -> BatchOutput<T>
-            )(self, inputs, table, columns, states)
-        })
+        compiled_here!(
+            T,
+            VqAttention::push_unchecked_here::<T>,
+            fn(
+                &VqAttention,
+                &BatchInputs<'_, T>,
+                &Table<T>,
+                Option<&[HeadColumns<T>]>,
+                &mut Array2<AttentionState<T>>,
+            ) -> BatchOutput<T>
+        )(self, inputs, table, columns, states)
     }
 
     fn push_unchecked_here<T: Scalar>(
@@ -168,7 +166,7 @@ impl VqAttention {
         let plain = inputs.starts.is_none() && inputs.lengths.is_none();
         match columns {
             Some(columns) if plain && inputs.q.len_of(Axis(2)) == 1 => {
-                push_token(self, inputs, table, columns, states, &mut output);
+                in_pool(|| push_token(self, inputs, table, columns, states, &mut output));
             }
             _ => {
                 forward::run(self, inputs, table, states, stream::run, &mut output);

@@ -12,7 +12,6 @@ use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::model::transformer::{check_tokens, flat};
 use crate::ops::cross_entropy;
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 /// Sequences, and what should be said of them.
@@ -56,13 +55,11 @@ impl<T: Scalar> Encoder<T> {
     /// As [`forward`](Self::forward); [`Error::Shape`] and [`Error::OutOfRange`] for targets, [`Error::Invalid`] if padding is
     /// to count, [`Error::NotFinite`] for queries, keys or values.
     pub fn loss_and_gradients(&self, batch: &EncoderBatch<'_>) -> Result<EncoderLoss<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                Encoder::<T>::loss_and_gradients_here,
-                fn(&Encoder<T>, &EncoderBatch<'_>) -> Result<EncoderLoss<T>, Error>
-            )(self, batch)
-        })
+        compiled_here!(
+            T,
+            Encoder::<T>::loss_and_gradients_here,
+            fn(&Encoder<T>, &EncoderBatch<'_>) -> Result<EncoderLoss<T>, Error>
+        )(self, batch)
     }
 
     fn loss_and_gradients_here(&self, batch: &EncoderBatch<'_>) -> Result<EncoderLoss<T>, Error> {

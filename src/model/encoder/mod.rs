@@ -26,7 +26,6 @@ use super::transformer::check_tokens;
 use crate::codebook::{CodeStats, Codebook, Ema, start};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
-use crate::ops::threads::in_pool;
 use crate::{Error, Scalar};
 
 mod checkpoint;
@@ -145,18 +144,15 @@ impl<T: Scalar> Encoder<T> {
         tokens: ArrayView2<'_, u32>,
         exists: Option<ArrayView2<'_, bool>>,
     ) -> Result<Array3<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                |encoder, tokens, exists| {
-                    let Forward { logits, saved, .. } =
-                        encoder.run(tokens, &encoder.check(tokens, exists)?)?;
-                    saved.give(&encoder.buffers);
-                    Ok(logits)
-                },
-                Pass<T>
-            )(self, tokens, exists)
-        })
+        compiled_here!(
+            T,
+            |encoder, tokens, exists| {
+                let Forward { logits, saved, .. } = encoder.run(tokens, &encoder.check(tokens, exists)?)?;
+                saved.give(&encoder.buffers);
+                Ok(logits)
+            },
+            Pass<T>
+        )(self, tokens, exists)
     }
 
     /// y of (3): what the encoder makes of every position.
@@ -171,18 +167,15 @@ impl<T: Scalar> Encoder<T> {
         tokens: ArrayView2<'_, u32>,
         exists: Option<ArrayView2<'_, bool>>,
     ) -> Result<Array3<T>, Error> {
-        in_pool(|| {
-            compiled_here!(
-                T,
-                |encoder, tokens, exists| {
-                    let Forward { stream, saved, .. } =
-                        encoder.run(tokens, &encoder.check(tokens, exists)?)?;
-                    saved.give(&encoder.buffers);
-                    Ok(stream)
-                },
-                Pass<T>
-            )(self, tokens, exists)
-        })
+        compiled_here!(
+            T,
+            |encoder, tokens, exists| {
+                let Forward { stream, saved, .. } = encoder.run(tokens, &encoder.check(tokens, exists)?)?;
+                saved.give(&encoder.buffers);
+                Ok(stream)
+            },
+            Pass<T>
+        )(self, tokens, exists)
     }
 
     /// Lets every codebook learn from the statistics of one step, one per unit: its micro-batches merged.
