@@ -12,7 +12,7 @@ use crate::attention::documents;
 use crate::attention::kernels::scale;
 use crate::attention::tile::{Scores, view};
 use crate::attention::{AttentionState, CompressiveCache, Inputs, VqAttention};
-use crate::ops::matmul::{PackedRows, add_product, prefetch};
+use crate::ops::matmul::{PackedRows, add_product};
 use crate::ops::simd::{LANES, Row, on_best_simd};
 use crate::ops::triangle::Triangle;
 
@@ -118,7 +118,6 @@ fn run_segment<T: Scalar>(
         for tile in block.tiles() {
             let queries = tile.queries().start - first..tile.queries().end - first;
             piece.prefetch(&tile);
-            prefetch(rows.out.slice(s![queries.clone(), ..]));
             values.take(piece, tile.queries().end);
             scores.fill_content(piece, &tile); // (1)
             scores.fill_recent(piece, &tile);

@@ -4,17 +4,17 @@
 //! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
 //! ```
 //!
-//! Rows of B and C must be contiguous, A may have any strides. C is cut into panels of two vectors, panels into tiles (see [`tile`]):
+//! Rows of B and C must be contiguous, A may have any strides. C is cut into panels of two or four vectors, panels into tiles (see [`tile`]):
 //!
 //! ```text
-//! for as many panels of B as stay in the nearest cache:  for 256 p:  for the rows of a tile:  for each of these panels:  a tile
+//! for as many panels of B as stay in the nearest cache:  for 128 or 256 p:  for the rows of a tile:  for each of these panels:  a tile
 //! ```
 //!
 //! so that A comes from farther away once, or as seldom as may be. A library copies both operands into the order of a tile first.
 //! Attention's operands lie in it from the start (a row of scores, a row of codewords, a row of values), and its products are so
 //! small that the copies cost a tenth of the time. Only rows of B that lie far apart are copied.
 //!
-//! An element of C is the sum, in order, of sums over 256 p each, wherever the cuts into tiles fall: a row or a column has the same
+//! An element of C is the sum, in order, of sums over so many p each, wherever the cuts into tiles fall: a row or a column has the same
 //! bits in a product of any size that is done here.
 //!
 //! [`tile`]: super::tile
@@ -24,12 +24,9 @@ use std::mem::MaybeUninit;
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::tile::{DEPTH, Operands, Rows, VECTORS, part_at, tile_at};
+use super::tile::{Ahead, NEAR, Operands, Rows, depth, part_at, tile_at, vectors};
 use crate::Scalar;
 use crate::ops::triangle::Triangle;
-
-/// Bytes of B that stay near while rows of A go by: those of a first-level cache, and of one panel with the widest registers.
-const NEAR: usize = 1 << 15;
 
 /// Room for rows of B that are copied.
 #[repr(align(64))]
@@ -60,6 +57,7 @@ pub(super) fn product<T: Scalar>(
         b_row: b.strides()[0],
         c: c.as_mut_ptr(),
         c_row: c.strides()[0],
+        ahead: Ahead::NONE,
     };
     // SAFETY: the views are valid for the rows and columns named by (m, n, k), which were compared above, rows of b and c
     // are contiguous, and c is borrowed mutably and therefore overlaps neither a nor b.
@@ -86,22 +84,27 @@ unsafe fn tiles<S: Simd, T: Scalar>(
     let copies = operands.b_row.unsigned_abs() * size_of::<T>() > 512 && m > 16;
     let mut room = Copies([MaybeUninit::uninit(); NEAR]);
     let room = room.0.as_mut_ptr().cast::<T>();
-    let width = VECTORS * lanes;
-    assert!(width * DEPTH * size_of::<T>() <= NEAR, "room for one panel");
-    // Tiles below each other share the cache lines of a transposed A: panel by panel, it is read once.
-    let fit = if operands.a_column == 1 { NEAR / (width * size_of::<T>() * k.min(DEPTH)) } else { 1 };
+    let (most, depth) = (vectors(simd), depth::<S, T>(simd));
+    assert!(most * lanes * depth * size_of::<T>() <= NEAR, "room for one panel");
     let mut column = 0;
     while column < n {
         // The last vector of a row reaches back over columns that are done, and stores only what is left.
-        let (vectors, panels, done) = match n - column {
-            left if left >= width => (VECTORS, fit.clamp(1, left / width), 0),
-            left if left >= lanes => (1, 1, 0),
-            left => (1, 1, lanes - left),
+        let (vectors, done) = match n - column {
+            left if left >= most * lanes => (most, 0),
+            left if left >= 2 * lanes => (2, 0),
+            left => (1, lanes.saturating_sub(left)),
+        };
+        let width = vectors * lanes;
+        // Tiles below each other share the cache lines of a transposed A: panel by panel, it is read once.
+        let panels = if operands.a_column == 1 && vectors == most {
+            (NEAR / (width * size_of::<T>() * k.min(depth))).clamp(1, (n - column) / width)
+        } else {
+            1
         };
         let start = (column - done) as isize;
-        for p in (0..k).step_by(DEPTH) {
-            let rows = Rows { m, p, depth: DEPTH.min(k - p), triangle };
-            // SAFETY: p + depth <= k, and start + the columns of these panels <= n; `room` holds `fit` panels, at least one.
+        for p in (0..k).step_by(depth) {
+            let rows = Rows { m, p, depth: depth.min(k - p), triangle };
+            // SAFETY: p + depth <= k, and start + the columns of these panels <= n; `room` holds them: they fill NEAR at most, or are one.
             unsafe {
                 let mut first = Operands {
                     a: operands.a.offset(p as isize * operands.a_column),
@@ -116,30 +119,37 @@ unsafe fn tiles<S: Simd, T: Scalar>(
                     for panel in 0..panels {
                         let (b, to) = (first.b.add(panel * width), room.add(panel * next));
                         match vectors {
-                            VECTORS => copy::<S, T, VECTORS>(simd, b, first.b_row, to, rows.depth),
+                            4 => copy::<S, T, 4>(simd, b, first.b_row, to, rows.depth),
+                            2 => copy::<S, T, 2>(simd, b, first.b_row, to, rows.depth),
                             _ => copy::<S, T, 1>(simd, b, first.b_row, to, rows.depth),
                         }
                     }
-                    first = Operands { b: room, b_row: (vectors * lanes) as isize, ..first };
+                    first = Operands { b: room, b_row: width as isize, ..first };
                 }
                 let (mut row, add) = (0, add || p > 0);
-                if vectors < VECTORS {
+                if vectors == 1 {
                     while row < m {
                         row += part_at(simd, first, rows, row, done..lanes, add);
                     }
                 }
                 while row < m {
                     let mut taken = 0;
+                    let a_ahead = Ahead::rows_of_a(first, rows, row);
                     for panel in 0..panels {
-                        let at =
-                            Operands { b: first.b.add(panel * next), c: first.c.add(panel * width), ..first };
-                        taken = tile_at(simd, at, rows, row, add);
+                        let ahead = if panel == 0 { a_ahead } else { Ahead::NONE };
+                        let at = Operands {
+                            b: first.b.add(panel * next),
+                            c: first.c.add(panel * width),
+                            ahead,
+                            ..first
+                        };
+                        taken = tile_at(simd, at, rows, row, vectors, add);
                     }
                     row += taken;
                 }
             }
         }
-        column += panels * vectors * lanes - done;
+        column += panels * width - done;
     }
     true
 }

@@ -10,7 +10,7 @@
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
-use super::tile::{DEPTH, Operands, Rows, VECTORS, all_rows};
+use super::tile::{Ahead, Operands, Rows, all_rows, depth, width};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
 use crate::ops::triangle::Triangle;
@@ -21,7 +21,7 @@ pub(crate) struct PackedRows<T> {
     elements: Aligned<T>,
     rows: usize,
     columns: usize,
-    /// w, as many as two registers hold.
+    /// w, as many as the registers of a tile's row hold.
     width: usize,
     /// Elements from one panel to the next: a line more than a panel, or a row of all panels would fall on one set of a cache.
     panel: usize,
@@ -104,18 +104,13 @@ impl<T: Scalar> PackedRows<T> {
             b_row: self.width as isize,
             c: c.as_mut_ptr(),
             c_row: c.strides()[0],
+            ahead: Ahead::NONE,
         };
         let sizes = (self.panel, self.columns);
         // SAFETY: `a` is valid for m x k elements and `c` for m x columns with contiguous rows, c is borrowed mutably, and
         // each panel holds from + k rows of `width` elements, all of which was asserted above.
         dispatch!(self.level, simd => unsafe { panels(simd, operands, (m, k, triangle), sizes, add) });
     }
-}
-
-/// Elements in a row of a panel.
-#[inline(always)]
-fn width<S: Simd, T: Scalar>(_: S) -> usize {
-    VECTORS * T::Vector::<S>::LEN
 }
 
 /// Writes rows to panels that lie `panel` elements apart.
@@ -157,10 +152,10 @@ unsafe fn panels<S: Simd, T: Scalar>(
     (panel, columns): (usize, usize),
     add: bool,
 ) {
-    let width = width::<S, T>(simd);
+    let (width, depth) = (width::<S, T>(simd), depth::<S, T>(simd));
     for (n, column) in (0..columns).step_by(width).enumerate() {
         let stored = width.min(columns - column);
-        for p in (0..k).step_by(DEPTH) {
+        for p in (0..k).step_by(depth) {
             // SAFETY: panel n begins n * panel elements after the first, its rows p.. after p rows; c has `stored` columns there.
             unsafe {
                 let at = Operands {
@@ -169,7 +164,7 @@ unsafe fn panels<S: Simd, T: Scalar>(
                     c: operands.c.add(column),
                     ..operands
                 };
-                let rows = Rows { m, p, depth: DEPTH.min(k - p), triangle };
+                let rows = Rows { m, p, depth: depth.min(k - p), triangle };
                 all_rows(simd, at, rows, stored, add || p > 0);
             }
         }

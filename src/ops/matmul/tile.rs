@@ -1,25 +1,46 @@
-//! One tile of a product: some rows by two vectors, which stay in registers while p runs.
+//! One tile of a product: some rows by some vectors, which stay in registers while p runs.
 //!
 //! ```text
 //! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
 //!
-//! for p:  load 2 vectors of row B[p];  for each of R rows i: broadcast A[i][p], multiply and add twice
+//! for p:  load V vectors of row B[p];  for each of R rows i: broadcast A[i][p], multiply and add V times
 //! ```
 //!
-//! R is 8 with 32 vector registers (AVX-512, NEON), 6 with 16.
+//! R x V is 6 x 4 with AVX-512, 8 x 2 with NEON, 6 x 2 with 16 registers: R + V loads for R V multiplications, of which a
+//! processor with AVX-512 begins two while it loads little more than one vector.
+//!
+//! What comes next is on its way meanwhile: C before the sums begin, the next rows of A or B (see [`Ahead`]) while they are made.
 
+use std::hint::{assert_unchecked, black_box};
 use std::ops::Range;
+use std::ptr::null;
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
+use super::prefetch::{ask, ask_second_level};
 use crate::Scalar;
 use crate::ops::triangle::Triangle;
 
-/// Vectors of a tile's row.
-pub(super) const VECTORS: usize = 2;
+/// Bytes of a panel of B that meet C together, at most: they stay in a first-level cache.
+pub(super) const NEAR: usize = 1 << 15;
 
-/// Rows of B that meet C together: with the widest registers a panel of them is 32 KB, a first-level cache.
-pub(super) const DEPTH: usize = 256;
+/// Vectors of a panel of B: those of the largest tile's row.
+#[inline(always)]
+pub(super) fn vectors<S: Simd>(simd: S) -> usize {
+    if matches!(simd.level(), Level::Avx512(_)) { 4 } else { 2 }
+}
+
+/// Elements in a row of a panel.
+#[inline(always)]
+pub(super) fn width<S: Simd, T: Scalar>(simd: S) -> usize {
+    vectors(simd) * T::Vector::<S>::LEN
+}
+
+/// Rows of B that meet C together.
+#[inline(always)]
+pub(super) fn depth<S: Simd, T: Scalar>(simd: S) -> usize {
+    (NEAR / (width::<S, T>(simd) * size_of::<T>())).min(256)
+}
 
 /// Pointers and strides, in elements, of operands whose extents have been checked.
 pub(super) struct Operands<T> {
@@ -30,6 +51,45 @@ pub(super) struct Operands<T> {
     pub b_row: isize,
     pub c: *mut T,
     pub c_row: isize,
+    pub ahead: Ahead,
+}
+
+/// What the tiles of four vectors ask for while they run: from this address on, which need not be valid, so many bytes per p.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ahead {
+    first: *const u8,
+    step: usize,
+}
+
+impl Ahead {
+    /// Rows of those tiles.
+    const ROWS: usize = 6;
+    /// Nothing.
+    pub const NONE: Ahead = Ahead { first: null(), step: 0 };
+
+    /// The rows of B after the first `depth` of a panel, which all tiles of its m rows ask for together.
+    #[inline(always)]
+    fn rows_of_panel<T>(panel: Operands<T>, rows: Rows) -> Self {
+        let row = panel.b_row.unsigned_abs() * size_of::<T>();
+        let first = panel.b.cast::<u8>().wrapping_add(rows.depth * row);
+        Ahead { first, step: row / rows.m.div_ceil(Self::ROWS) }
+    }
+
+    /// The rows of A after those of the tile that begins at `row`, where there are no gaps between them.
+    #[inline(always)]
+    pub fn rows_of_a<T>(panel: Operands<T>, rows: Rows, row: usize) -> Self {
+        if panel.a_column != 1 || panel.a_row != rows.depth as isize {
+            return Self::NONE;
+        }
+        let first = panel.a.wrapping_offset((row + Self::ROWS) as isize * panel.a_row);
+        Ahead { first: first.cast(), step: Self::ROWS * size_of::<T>() }
+    }
+
+    /// For the next tile, after one of such a depth.
+    #[inline(always)]
+    fn after(self, depth: usize) -> Self {
+        Ahead { first: self.first.wrapping_add(depth * self.step), ..self }
+    }
 }
 
 // By hand: derived, they would ask the same of T.
@@ -85,9 +145,11 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
 ) {
     let mut row = 0;
     // SAFETY: as the caller says, and row < m.
-    if columns == VECTORS * T::Vector::<S>::LEN {
+    if columns == width::<S, T>(simd) {
+        let mut ahead = Ahead::rows_of_panel(panel, rows);
         while row < rows.m {
-            row += unsafe { tile_at(simd, panel, rows, row, add) };
+            row += unsafe { tile_at(simd, Operands { ahead, ..panel }, rows, row, vectors(simd), add) };
+            ahead = ahead.after(rows.depth);
         }
     } else {
         while row < rows.m {
@@ -96,7 +158,8 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     }
 }
 
-/// The tile of a panel, all of whose columns exist, whose first row is `row`, below m; how many rows it has.
+/// The tile of a panel of so many vectors, 2 or [`vectors`], all of whose columns exist, whose first row is `row`, below m; how many
+/// rows it has.
 ///
 /// # Safety
 /// As [`all_rows`].
@@ -106,25 +169,35 @@ pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     panel: Operands<T>,
     rows: Rows,
     row: usize,
+    vectors: usize,
     add: bool,
 ) -> usize {
     let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
-    let most = if many_registers { 8 } else { 6 };
-    let left = most.min(rows.m - row);
-    let all = 0..VECTORS * T::Vector::<S>::LEN;
+    let most = if vectors == 2 && many_registers { 8 } else { 6 };
+    let left = match rows.m - row {
+        // Two tiles of 4 rather than one of 2, which waits for its own sums.
+        8 if most == 6 => 4,
+        left => most.min(left),
+    };
     // SAFETY: row + the rows of the chosen tile <= m.
     unsafe {
         let (at, depth) = rows.operands(panel, row..row + left);
-        match left {
-            8 => tile::<S, T, 8, VECTORS>(simd, at, depth, all, add),
-            // A transposed: addresses known beforehand, six additions less among 20 instructions.
-            6.. if at.a_row == 1 => {
-                tile::<S, T, 6, VECTORS>(simd, Operands { a_row: 1, ..at }, depth, all, add)
-            }
-            6.. => tile::<S, T, 6, VECTORS>(simd, at, depth, all, add),
-            4.. => tile::<S, T, 4, VECTORS>(simd, at, depth, all, add),
-            2.. => tile::<S, T, 2, VECTORS>(simd, at, depth, all, add),
-            _ => tile::<S, T, 1, VECTORS>(simd, at, depth, all, add),
+        match (left, vectors) {
+            (6.., 4) => match (at.a_row == 1, at.ahead.step > 0) {
+                (true, true) => tile::<S, T, 6, 4, true, true>(simd, at, depth, add),
+                (true, false) => tile::<S, T, 6, 4, true, false>(simd, at, depth, add),
+                (false, true) => tile::<S, T, 6, 4, false, true>(simd, at, depth, add),
+                (false, false) => tile::<S, T, 6, 4, false, false>(simd, at, depth, add),
+            },
+            (4.., 4) => tile::<S, T, 4, 4, false, false>(simd, at, depth, add),
+            (2.., 4) => tile::<S, T, 2, 4, false, false>(simd, at, depth, add),
+            (_, 4) => tile::<S, T, 1, 4, false, false>(simd, at, depth, add),
+            (8, _) => tile::<S, T, 8, 2, false, false>(simd, at, depth, add),
+            (6.., _) if at.a_row == 1 => tile::<S, T, 6, 2, true, false>(simd, at, depth, add),
+            (6.., _) => tile::<S, T, 6, 2, false, false>(simd, at, depth, add),
+            (4.., _) => tile::<S, T, 4, 2, false, false>(simd, at, depth, add),
+            (2.., _) => tile::<S, T, 2, 2, false, false>(simd, at, depth, add),
+            _ => tile::<S, T, 1, 2, false, false>(simd, at, depth, add),
         }
     }
 }
@@ -147,67 +220,161 @@ pub(super) unsafe fn part_at<S: Simd, T: Scalar>(
     unsafe {
         let (at, depth) = rows.operands(panel, row..row + left.min(8));
         match (left, columns.end.div_ceil(T::Vector::<S>::LEN)) {
-            (8.., 1) => tile::<S, T, 8, 1>(simd, at, depth, columns, add),
-            (4.., 1) => tile::<S, T, 4, 1>(simd, at, depth, columns, add),
-            (_, 1) => tile::<S, T, 1, 1>(simd, at, depth, columns, add),
-            (4.., _) => tile::<S, T, 4, VECTORS>(simd, at, depth, columns, add),
-            _ => tile::<S, T, 1, VECTORS>(simd, at, depth, columns, add),
+            (8.., 1) => part::<S, T, 8, 1>(simd, at, depth, columns, add),
+            (4.., 1) => part::<S, T, 4, 1>(simd, at, depth, columns, add),
+            (_, 1) => part::<S, T, 1, 1>(simd, at, depth, columns, add),
+            (4.., 2) => part::<S, T, 4, 2>(simd, at, depth, columns, add),
+            (_, 2) => part::<S, T, 1, 2>(simd, at, depth, columns, add),
+            (4.., _) => part::<S, T, 4, 4>(simd, at, depth, columns, add),
+            _ => part::<S, T, 1, 4>(simd, at, depth, columns, add),
         }
     }
 }
 
-/// One tile of R rows and V vectors, of which `columns` are stored; returns R.
+/// One tile of R rows and V vectors; returns R. TRANSPOSED: A's rows are neighbours, and addresses known beforehand. AHEAD: it
+/// asks for what comes next.
 ///
 /// # Safety
 /// As [`all_rows`], for m = R and V vectors.
 #[inline(always)]
-unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
+unsafe fn tile<
+    S: Simd,
+    T: Scalar,
+    const R: usize,
+    const V: usize,
+    const TRANSPOSED: bool,
+    const AHEAD: bool,
+>(
+    simd: S,
+    at: Operands<T>,
+    k: usize,
+    add: bool,
+) -> usize {
+    // C comes while the sums are made.
+    for i in 0..R {
+        let row = at.c.wrapping_offset(i as isize * at.c_row);
+        (0..V).for_each(|j| ask(row.wrapping_add(j * T::Vector::<S>::LEN).cast()));
+    }
+    // SAFETY: the caller vouches for both.
+    unsafe { store(simd, &sums::<S, T, R, V, TRANSPOSED, AHEAD>(simd, at, k), at, add) };
+    R
+}
+
+/// [`tile`], of which `columns` are stored.
+///
+/// # Safety
+/// As [`all_rows`], for m = R and V vectors of B.
+#[inline(always)]
+unsafe fn part<S: Simd, T: Scalar, const R: usize, const V: usize>(
     simd: S,
     at: Operands<T>,
     k: usize,
     columns: Range<usize>,
     add: bool,
 ) -> usize {
-    let lanes = T::Vector::<S>::LEN;
-    let all = columns == (0..V * lanes);
-    let mut sums = [[T::Vector::<S>::splat(simd, T::zero()); V]; R];
-    // SAFETY: p < k, i < R and j < V name elements that the caller vouches for.
+    // SAFETY: the caller vouches for both.
     unsafe {
-        let load = |p: *const T| T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(p, lanes));
-        let (mut a, mut b) = (at.a, at.b);
-        for _ in 0..k {
-            let row: [_; V] = std::array::from_fn(|j| load(b.add(j * lanes)));
+        let sums = sums::<S, T, R, V, false, false>(simd, at, k);
+        if columns == (0..V * T::Vector::<S>::LEN) {
+            store(simd, &sums, at, add);
+        } else {
+            // A copy: the sums themselves stay in registers.
+            store_columns(&{ sums }, at, columns, add);
+        }
+    }
+    R
+}
+
+/// The sums of a tile.
+///
+/// # Safety
+/// As [`tile`], of A and B.
+#[inline(always)]
+unsafe fn sums<
+    S: Simd,
+    T: Scalar,
+    const R: usize,
+    const V: usize,
+    const TRANSPOSED: bool,
+    const AHEAD: bool,
+>(
+    simd: S,
+    at: Operands<T>,
+    k: usize,
+) -> [[T::Vector<S>; V]; R] {
+    let lanes = T::Vector::<S>::LEN;
+    let mut sums = [[T::Vector::<S>::splat(simd, T::zero()); V]; R];
+    // Where rows of A begin. A compiler that knew how they are related would find each by an addition to the one before, and the
+    // additions of all p would be one chain, longer than the multiplications take.
+    let rows: [_; R] = std::array::from_fn(|i| at.a.wrapping_offset(i as isize * at.a_row));
+    let rows = if TRANSPOSED { rows } else { black_box(rows) };
+    let (mut a, mut b, mut column, mut ahead) = (at.a, at.b, 0, at.ahead.first);
+    for _ in 0..k {
+        if AHEAD {
+            ask_second_level(ahead);
+            ahead = ahead.wrapping_add(at.ahead.step);
+        }
+        // SAFETY: p < k, i < R and j < V name elements that the caller vouches for.
+        unsafe {
+            let row: [_; V] = std::array::from_fn(|j| load::<S, T>(simd, b.add(j * lanes)));
             for (i, sums) in sums.iter_mut().enumerate() {
-                let factor = T::Vector::<S>::splat(simd, *a.offset(i as isize * at.a_row));
+                let factor = if TRANSPOSED { *a.add(i) } else { *rows[i].wrapping_offset(column) };
+                let factor = T::Vector::<S>::splat(simd, factor);
                 for (sum, &b) in sums.iter_mut().zip(&row) {
                     *sum = factor.mul_add(b, *sum);
                 }
             }
-            // Wrapping: after the last p they point beyond the operands, and are not read.
-            a = a.wrapping_offset(at.a_column);
-            b = b.wrapping_offset(at.b_row);
         }
-        if !all {
-            // A copy: the sums themselves stay in registers.
-            store_columns(&{ sums }, at, columns, add);
-            return R;
-        }
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, &sum) in sums.iter().enumerate() {
+        // Wrapping: after the last p they point beyond the operands, and are not read.
+        a = a.wrapping_offset(at.a_column);
+        b = b.wrapping_offset(at.b_row);
+        column += at.a_column;
+    }
+    sums
+}
+
+/// A vector from `p` on.
+///
+/// # Safety
+/// `p` must be valid for its elements.
+#[inline(always)]
+unsafe fn load<S: Simd, T: Scalar>(simd: S, p: *const T) -> T::Vector<S> {
+    let lanes = T::Vector::<S>::LEN;
+    // SAFETY: the caller vouches for it. Without the assertion each load is preceded by a look for a null pointer.
+    unsafe {
+        assert_unchecked(!p.is_null());
+        T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(p, lanes))
+    }
+}
+
+/// Stores a tile.
+///
+/// # Safety
+/// C must be valid for V vectors in R rows.
+#[inline(always)]
+unsafe fn store<S: Simd, T: Scalar, const R: usize, const V: usize>(
+    simd: S,
+    sums: &[[T::Vector<S>; V]; R],
+    at: Operands<T>,
+    add: bool,
+) {
+    let lanes = T::Vector::<S>::LEN;
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, &sum) in sums.iter().enumerate() {
+            // SAFETY: i < R and j < V name elements that the caller vouches for.
+            unsafe {
                 let c = at.c.offset(i as isize * at.c_row).add(j * lanes);
-                let sum = if add { load(c) + sum } else { sum };
+                let sum = if add { load::<S, T>(simd, c) + sum } else { sum };
                 sum.store_slice(std::slice::from_raw_parts_mut(c, lanes));
             }
         }
     }
-    R
 }
 
 /// Stores some columns of a tile.
 ///
 /// # Safety
 /// C must be valid for them in R rows.
-#[cold]
 #[inline(never)]
 unsafe fn store_columns<S: Simd, T: Scalar, const R: usize, const V: usize>(
     sums: &[[T::Vector<S>; V]; R],

@@ -22,10 +22,13 @@ use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use super::prefetch::ask;
-use super::tile::{Operands, VECTORS};
+use super::tile::{Ahead, Operands};
 use super::vector::load_some;
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
+
+/// Vectors of a panel's row.
+const VECTORS: usize = 2;
 
 /// Bytes of panels that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
@@ -96,6 +99,7 @@ impl<T: Scalar> PackedWeights<T> {
                 b_row: self.width as isize,
                 c: c.as_mut_ptr(),
                 c_row: c.strides()[0],
+                ahead: Ahead::NONE,
             };
             let (m, columns) = c.dim();
             // SAFETY: a is valid for m x k elements, c for m x columns with contiguous rows, and the panels of these columns
