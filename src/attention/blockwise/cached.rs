@@ -10,7 +10,7 @@ use super::backward::lanes;
 use crate::Scalar;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{Scores, view};
-use crate::ops::matmul::{add_product, prefetch};
+use crate::ops::matmul::{add_product, prefetch, prefetch_row};
 use crate::ops::simd::{LANES, on_best_simd};
 
 /// (4): what later queries send to values that they read through the cache. `counts` are those of before the piece.
@@ -75,7 +75,7 @@ fn cached_values_of<T: Scalar>(
         let entered = block.first_key.saturating_sub(piece.attention.block_len);
         while let Some((j, mut d_v)) = keys.pop_if(|(j, _)| *j >= entered) {
             if let Some((_, next)) = keys.len().checked_sub(AHEAD).map(|n| &keys[n]) {
-                prefetch(next.view().insert_axis(Axis(0)));
+                prefetch_row(next.view());
             }
             let code = piece.codes[j] as usize - first;
             match (d_v.as_slice_mut(), g.row(code).to_slice()) {

@@ -3,7 +3,7 @@
 //! A head's rows lie far apart in an array that is laid out token by token, so that the processor does not foresee the next
 //! one: reading a row for the first time would wait for memory. A hint changes nothing where it is wrong.
 
-use ndarray::{ArrayView2, s};
+use ndarray::{ArrayView1, ArrayView2, Axis, s};
 
 use crate::Scalar;
 use crate::ops::simd::LINE;
@@ -14,23 +14,33 @@ const PAGE: usize = 4096;
 /// Rows whose pages are asked for at once.
 const ROWS_OF_PAGES: usize = 128;
 
-/// Asks for these rows, if their elements lie side by side.
+/// Asks for these rows, if they lie apart from each other and their elements side by side. Rows without gaps a processor foresees
+/// by itself.
 #[inline]
 pub(crate) fn prefetch<T: Scalar>(rows: ArrayView2<'_, T>) {
-    if rows.is_standard_layout() {
-        lines(rows, ask);
-    } else if rows.strides()[1] == 1 {
-        // Apart from each other they come slowly, and many: the first-level cache has no room for them so early.
+    if !rows.is_standard_layout() && rows.strides()[1] == 1 {
+        // They come slowly, and many: the first-level cache has no room for them so early.
         lines(rows, ask_second_level);
     }
 }
 
-/// Asks for as many of the first of these rows as are at most one page long.
+/// Asks for a row, if its elements lie side by side.
+#[inline]
+pub(crate) fn prefetch_row<T: Scalar>(row: ArrayView1<'_, T>) {
+    if row.strides()[0] == 1 {
+        lines(row.insert_axis(Axis(0)), ask);
+    }
+}
+
+/// Asks for as many of the first of these rows as are at most one page long, if their elements lie side by side.
 #[inline]
 pub(crate) fn prefetch_first<T: Scalar>(rows: ArrayView2<'_, T>) {
+    if rows.strides()[1] != 1 {
+        return;
+    }
     let (n, width) = rows.dim();
     let first = PAGE / (width * size_of::<T>()).max(1);
-    prefetch(rows.slice_move(s![..first.min(n), ..]));
+    lines(rows.slice_move(s![..first.min(n), ..]), ask);
 }
 
 /// What to do with each cache line of rows whose elements lie side by side.
