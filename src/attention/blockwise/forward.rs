@@ -189,8 +189,8 @@ pub(in crate::attention) fn normalize<T: Scalar>(mut out: ArrayViewMut2<'_, T>, 
     nothing.iter().all(|x| x.is_zero())
 }
 
-/// Bytes of a row from which on products do better with a packed copy.
-const LONG: usize = 512;
+/// Bytes of a row beyond which products do better with a packed copy.
+const LONG: usize = 256;
 
 /// Values in the order in which products read them.
 struct Values<T> {

@@ -81,7 +81,7 @@ unsafe fn tiles<S: Simd, T: Scalar>(
         return false;
     }
     // Rows far apart fall on the same few sets of a cache; a copy of them is worth it if several tiles read it.
-    let copies = operands.b_row.unsigned_abs() * size_of::<T>() > 512 && m > 16;
+    let copies = operands.b_row.unsigned_abs() * size_of::<T>() >= 512 && m > 16;
     let mut room = Copies([MaybeUninit::uninit(); NEAR]);
     let room = room.0.as_mut_ptr().cast::<T>();
     let (most, depth) = (vectors(simd), depth::<S, T>(simd));
