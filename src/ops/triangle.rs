@@ -7,8 +7,8 @@ use std::ops::Range;
 pub(crate) enum Triangle {
     /// Anywhere.
     Full,
-    /// A[i][p] = 0 for p > i.
-    Lower,
+    /// A[i][p] = 0 for p > i + this.
+    Lower(isize),
     /// A[i][p] = 0 for p < i.
     Upper,
 }
@@ -19,7 +19,7 @@ impl Triangle {
     pub(crate) fn needed(self, (row, end): (usize, usize), p: usize, depth: usize) -> Range<usize> {
         match self {
             Triangle::Full => 0..depth,
-            Triangle::Lower => 0..end.saturating_sub(p).min(depth),
+            Triangle::Lower(after) => 0..end.saturating_add_signed(after).saturating_sub(p).min(depth),
             Triangle::Upper => row.saturating_sub(p).min(depth)..depth,
         }
     }

@@ -239,19 +239,12 @@ impl<T: Scalar> Values<T> {
     fn product(&self, p: ArrayView2<'_, T>, keys: Range<usize>, mut out: ArrayViewMut2<'_, T>) {
         let rows = self.recent.rows();
         let own = keys.end - p.ncols();
-        let mut add = false;
-        // Each part begins where the ring, or what the queries see whole, has ended.
-        let turn = (keys.start / rows + 1) * rows;
-        let mut cuts = [keys.start, own, turn.clamp(keys.start, keys.end), keys.end];
-        cuts.sort_unstable();
-        for part in cuts.windows(2) {
-            if part[0] == part[1] {
-                continue;
-            }
-            let p = p.slice(s![part[0] - keys.start..part[1] - keys.start, ..]).reversed_axes();
-            let triangle = if part[0] == own { Triangle::Lower } else { Triangle::Full };
-            self.recent.product((p, triangle), part[0] % rows, out.view_mut(), add);
-            add = true;
+        // The second part begins where the ring has ended.
+        let turn = ((keys.start / rows + 1) * rows).min(keys.end);
+        for part in [keys.start..turn, turn..keys.end].into_iter().filter(|part| !part.is_empty()) {
+            let p = p.slice(s![part.start - keys.start..part.end - keys.start, ..]).reversed_axes();
+            let seen = Triangle::Lower(own as isize - part.start as isize);
+            self.recent.product((p, seen), part.start % rows, out.view_mut(), part.start > keys.start);
         }
     }
 }

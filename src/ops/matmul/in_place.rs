@@ -240,10 +240,11 @@ mod tests {
     fn triangles_are_products_with_zeros() {
         for level in levels() {
             for (m, k) in [(1, 1), (5, 5), (64, 64), (64, 40), (30, 64), (300, 520), (19, 300)] {
-                for triangle in [Triangle::Lower, Triangle::Upper] {
+                for triangle in [Triangle::Lower(0), Triangle::Lower(7), Triangle::Lower(-5), Triangle::Upper]
+                {
                     let mut a = numbers::<f32>(m, k, 1);
                     a.indexed_iter_mut().for_each(|((i, p), a)| match triangle {
-                        Triangle::Lower if p > i => *a = 0.0,
+                        Triangle::Lower(after) if p as isize > i as isize + after => *a = 0.0,
                         Triangle::Upper if p < i => *a = 0.0,
                         _ => {}
                     });
@@ -254,7 +255,7 @@ mod tests {
                     assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), true));
                     assert_eq!(c, 2.0 * a.dot(&b), "{m} {k} {triangle:?} {level:?}");
                     // It skips: what it says is 0 is not looked at, far from the diagonal.
-                    if let (Triangle::Lower, 64, 64) = (triangle, m, k) {
+                    if let (Triangle::Lower(0), 64, 64) = (triangle, m, k) {
                         a[[0, 63]] = f32::NAN;
                         assert!(product(level, (a.view(), triangle), b.view(), c.view_mut(), false));
                         assert!(c.iter().all(|c| !c.is_nan()));

@@ -175,7 +175,7 @@ pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     let most = if vectors == 2 && many_registers { 8 } else { 6 };
     let left = match rows.m - row {
-        // Two tiles of 4 rather than one of 2, which waits for its own sums.
+        // 4 and 4 rather than 6 and 2: a tile of 2 waits for its own sums.
         8 if most == 6 => 4,
         left => most.min(left),
     };
