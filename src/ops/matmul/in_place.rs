@@ -4,18 +4,20 @@
 //! C[i][j] <- beta C[i][j] + sum_p A[i][p] B[p][j]     beta 0 or 1
 //! ```
 //!
-//! Rows of B and C must be contiguous, A may have any strides. C is cut into panels of two or four vectors, panels into tiles (see [`tile`]):
+//! Rows of B and C must be contiguous, A may have any strides. C is cut into panels of two or four vectors, panels into tiles (see
+//! [`tile`]):
 //!
 //! ```text
-//! for as many panels of B as stay in the nearest cache:  for 128 or 256 p:  for the rows of a tile:  for each of these panels:  a tile
+//! for as many panels of B as stay in the nearest cache:
+//!     for 128 or 256 p:  for the rows of a tile:  for each of these panels:  a tile
 //! ```
 //!
 //! so that A comes from farther away once, or as seldom as may be. A library copies both operands into the order of a tile first.
 //! Attention's operands lie in it from the start (a row of scores, a row of codewords, a row of values), and its products are so
 //! small that the copies cost a tenth of the time. Only rows of B that lie far apart are copied.
 //!
-//! An element of C is the sum, in order, of sums over so many p each, wherever the cuts into tiles fall: a row or a column has the same
-//! bits in a product of any size that is done here.
+//! An element of C is the sum, in order, of sums over so many p each, wherever the cuts into tiles fall: a row or a column has the
+//! same bits in a product of any size that is done here.
 //!
 //! [`tile`]: super::tile
 
@@ -57,7 +59,6 @@ pub(super) fn product<T: Scalar>(
         b_row: b.strides()[0],
         c: c.as_mut_ptr(),
         c_row: c.strides()[0],
-        ahead: Ahead::NONE,
     };
     // SAFETY: the views are valid for the rows and columns named by (m, n, k), which were compared above, rows of b and c
     // are contiguous, and c is borrowed mutably and therefore overlaps neither a nor b.
@@ -104,7 +105,8 @@ unsafe fn tiles<S: Simd, T: Scalar>(
         let start = (column - done) as isize;
         for p in (0..k).step_by(depth) {
             let rows = Rows { m, p, depth: depth.min(k - p), triangle };
-            // SAFETY: p + depth <= k, and start + the columns of these panels <= n; `room` holds them: they fill NEAR at most, or are one.
+            // SAFETY: p + depth <= k, and start + the columns of these panels <= n; `room` holds them: they fill NEAR at most, or
+            // are one.
             unsafe {
                 let mut first = Operands {
                     a: operands.a.offset(p as isize * operands.a_column),
@@ -136,14 +138,10 @@ unsafe fn tiles<S: Simd, T: Scalar>(
                     let mut taken = 0;
                     let a_ahead = Ahead::rows_of_a(first, rows, row);
                     for panel in 0..panels {
-                        let ahead = if panel == 0 { a_ahead } else { Ahead::NONE };
-                        let at = Operands {
-                            b: first.b.add(panel * next),
-                            c: first.c.add(panel * width),
-                            ahead,
-                            ..first
-                        };
-                        taken = tile_at(simd, at, rows, row, vectors, add);
+                        let ahead = if panel == 0 { a_ahead } else { None };
+                        let at =
+                            Operands { b: first.b.add(panel * next), c: first.c.add(panel * width), ..first };
+                        taken = tile_at(simd, at, rows, row, (vectors, ahead), add);
                     }
                     row += taken;
                 }

@@ -10,7 +10,7 @@
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 
-use super::tile::{Ahead, Operands, Rows, all_rows, depth, width};
+use super::tile::{Operands, Rows, all_rows, depth, width};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
 use crate::ops::triangle::Triangle;
@@ -104,7 +104,6 @@ impl<T: Scalar> PackedRows<T> {
             b_row: self.width as isize,
             c: c.as_mut_ptr(),
             c_row: c.strides()[0],
-            ahead: Ahead::NONE,
         };
         let sizes = (self.panel, self.columns);
         // SAFETY: `a` is valid for m x k elements and `c` for m x columns with contiguous rows, c is borrowed mutably, and

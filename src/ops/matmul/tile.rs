@@ -13,7 +13,6 @@
 
 use std::hint::{assert_unchecked, black_box};
 use std::ops::Range;
-use std::ptr::null;
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
@@ -51,7 +50,6 @@ pub(super) struct Operands<T> {
     pub b_row: isize,
     pub c: *mut T,
     pub c_row: isize,
-    pub ahead: Ahead,
 }
 
 /// What the tiles of four vectors ask for while they run: from this address on, which need not be valid, so many bytes per p.
@@ -64,8 +62,6 @@ pub(super) struct Ahead {
 impl Ahead {
     /// Rows of those tiles.
     const ROWS: usize = 6;
-    /// Nothing.
-    pub const NONE: Ahead = Ahead { first: null(), step: 0 };
 
     /// The rows of B after the first `depth` of a panel, which all tiles of its m rows ask for together.
     #[inline(always)]
@@ -77,12 +73,10 @@ impl Ahead {
 
     /// The rows of A after those of the tile that begins at `row`, where there are no gaps between them.
     #[inline(always)]
-    pub fn rows_of_a<T>(panel: Operands<T>, rows: Rows, row: usize) -> Self {
-        if panel.a_column != 1 || panel.a_row != rows.depth as isize {
-            return Self::NONE;
-        }
+    pub fn rows_of_a<T>(panel: Operands<T>, rows: Rows, row: usize) -> Option<Self> {
+        let gapless = panel.a_column == 1 && panel.a_row == rows.depth as isize;
         let first = panel.a.wrapping_offset((row + Self::ROWS) as isize * panel.a_row);
-        Ahead { first: first.cast(), step: Self::ROWS * size_of::<T>() }
+        gapless.then(|| Ahead { first: first.cast(), step: Self::ROWS * size_of::<T>() })
     }
 
     /// For the next tile, after one of such a depth.
@@ -148,7 +142,7 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     if columns == width::<S, T>(simd) {
         let mut ahead = Ahead::rows_of_panel(panel, rows);
         while row < rows.m {
-            row += unsafe { tile_at(simd, Operands { ahead, ..panel }, rows, row, vectors(simd), add) };
+            row += unsafe { tile_at(simd, panel, rows, row, (vectors(simd), Some(ahead)), add) };
             ahead = ahead.after(rows.depth);
         }
     } else {
@@ -158,8 +152,8 @@ pub(super) unsafe fn all_rows<S: Simd, T: Scalar>(
     }
 }
 
-/// The tile of a panel of so many vectors, 2 or [`vectors`], all of whose columns exist, whose first row is `row`, below m; how many
-/// rows it has.
+/// The tile of a panel of so many vectors, 2 or [`vectors`], all of whose columns exist, whose first row is `row`, below m; how
+/// many rows it has. What to ask for meanwhile is heard by the largest tiles of four vectors.
 ///
 /// # Safety
 /// As [`all_rows`].
@@ -169,7 +163,7 @@ pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     panel: Operands<T>,
     rows: Rows,
     row: usize,
-    vectors: usize,
+    (vectors, ahead): (usize, Option<Ahead>),
     add: bool,
 ) -> usize {
     let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
@@ -183,21 +177,21 @@ pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     unsafe {
         let (at, depth) = rows.operands(panel, row..row + left);
         match (left, vectors) {
-            (6.., 4) => match (at.a_row == 1, at.ahead.step > 0) {
-                (true, true) => tile::<S, T, 6, 4, true, true>(simd, at, depth, add),
-                (true, false) => tile::<S, T, 6, 4, true, false>(simd, at, depth, add),
-                (false, true) => tile::<S, T, 6, 4, false, true>(simd, at, depth, add),
-                (false, false) => tile::<S, T, 6, 4, false, false>(simd, at, depth, add),
+            (6.., 4) => match (at.a_row == 1, ahead) {
+                (true, Some(ahead)) => tile::<S, T, 6, 4>(simd, at, depth, (true, Some(ahead)), add),
+                (true, None) => tile::<S, T, 6, 4>(simd, at, depth, (true, None), add),
+                (false, Some(ahead)) => tile::<S, T, 6, 4>(simd, at, depth, (false, Some(ahead)), add),
+                (false, None) => tile::<S, T, 6, 4>(simd, at, depth, (false, None), add),
             },
-            (4.., 4) => tile::<S, T, 4, 4, false, false>(simd, at, depth, add),
-            (2.., 4) => tile::<S, T, 2, 4, false, false>(simd, at, depth, add),
-            (_, 4) => tile::<S, T, 1, 4, false, false>(simd, at, depth, add),
-            (8, _) => tile::<S, T, 8, 2, false, false>(simd, at, depth, add),
-            (6.., _) if at.a_row == 1 => tile::<S, T, 6, 2, true, false>(simd, at, depth, add),
-            (6.., _) => tile::<S, T, 6, 2, false, false>(simd, at, depth, add),
-            (4.., _) => tile::<S, T, 4, 2, false, false>(simd, at, depth, add),
-            (2.., _) => tile::<S, T, 2, 2, false, false>(simd, at, depth, add),
-            _ => tile::<S, T, 1, 2, false, false>(simd, at, depth, add),
+            (4.., 4) => tile::<S, T, 4, 4>(simd, at, depth, (false, None), add),
+            (2.., 4) => tile::<S, T, 2, 4>(simd, at, depth, (false, None), add),
+            (_, 4) => tile::<S, T, 1, 4>(simd, at, depth, (false, None), add),
+            (8, _) => tile::<S, T, 8, 2>(simd, at, depth, (false, None), add),
+            (6.., _) if at.a_row == 1 => tile::<S, T, 6, 2>(simd, at, depth, (true, None), add),
+            (6.., _) => tile::<S, T, 6, 2>(simd, at, depth, (false, None), add),
+            (4.., _) => tile::<S, T, 4, 2>(simd, at, depth, (false, None), add),
+            (2.., _) => tile::<S, T, 2, 2>(simd, at, depth, (false, None), add),
+            _ => tile::<S, T, 1, 2>(simd, at, depth, (false, None), add),
         }
     }
 }
@@ -231,23 +225,16 @@ pub(super) unsafe fn part_at<S: Simd, T: Scalar>(
     }
 }
 
-/// One tile of R rows and V vectors; returns R. TRANSPOSED: A's rows are neighbours, and addresses known beforehand. AHEAD: it
-/// asks for what comes next.
+/// One tile of R rows and V vectors; returns R.
 ///
 /// # Safety
 /// As [`all_rows`], for m = R and V vectors.
 #[inline(always)]
-unsafe fn tile<
-    S: Simd,
-    T: Scalar,
-    const R: usize,
-    const V: usize,
-    const TRANSPOSED: bool,
-    const AHEAD: bool,
->(
+unsafe fn tile<S: Simd, T: Scalar, const R: usize, const V: usize>(
     simd: S,
     at: Operands<T>,
     k: usize,
+    how: (bool, Option<Ahead>),
     add: bool,
 ) -> usize {
     // C comes while the sums are made.
@@ -256,7 +243,7 @@ unsafe fn tile<
         (0..V).for_each(|j| ask(row.wrapping_add(j * T::Vector::<S>::LEN).cast()));
     }
     // SAFETY: the caller vouches for both.
-    unsafe { store(simd, &sums::<S, T, R, V, TRANSPOSED, AHEAD>(simd, at, k), at, add) };
+    unsafe { store(simd, &sums::<S, T, R, V>(simd, at, k, how), at, add) };
     R
 }
 
@@ -274,7 +261,7 @@ unsafe fn part<S: Simd, T: Scalar, const R: usize, const V: usize>(
 ) -> usize {
     // SAFETY: the caller vouches for both.
     unsafe {
-        let sums = sums::<S, T, R, V, false, false>(simd, at, k);
+        let sums = sums::<S, T, R, V>(simd, at, k, (false, None));
         if columns == (0..V * T::Vector::<S>::LEN) {
             store(simd, &sums, at, add);
         } else {
@@ -285,40 +272,35 @@ unsafe fn part<S: Simd, T: Scalar, const R: usize, const V: usize>(
     R
 }
 
-/// The sums of a tile.
+/// The sums of a tile. Where rows of A are neighbours (`transposed`), addresses are known beforehand. Callers write out both that
+/// and whether there is something to ask for: each combination is a loop of its own.
 ///
 /// # Safety
 /// As [`tile`], of A and B.
 #[inline(always)]
-unsafe fn sums<
-    S: Simd,
-    T: Scalar,
-    const R: usize,
-    const V: usize,
-    const TRANSPOSED: bool,
-    const AHEAD: bool,
->(
+unsafe fn sums<S: Simd, T: Scalar, const R: usize, const V: usize>(
     simd: S,
     at: Operands<T>,
     k: usize,
+    (transposed, ahead): (bool, Option<Ahead>),
 ) -> [[T::Vector<S>; V]; R] {
     let lanes = T::Vector::<S>::LEN;
     let mut sums = [[T::Vector::<S>::splat(simd, T::zero()); V]; R];
     // Where rows of A begin. A compiler that knew how they are related would find each by an addition to the one before, and the
     // additions of all p would be one chain, longer than the multiplications take.
     let rows: [_; R] = std::array::from_fn(|i| at.a.wrapping_offset(i as isize * at.a_row));
-    let rows = if TRANSPOSED { rows } else { black_box(rows) };
-    let (mut a, mut b, mut column, mut ahead) = (at.a, at.b, 0, at.ahead.first);
+    let rows = if transposed { rows } else { black_box(rows) };
+    let (mut a, mut b, mut column, mut ahead) = (at.a, at.b, 0, ahead);
     for _ in 0..k {
-        if AHEAD {
-            ask_second_level(ahead);
-            ahead = ahead.wrapping_add(at.ahead.step);
+        if let Some(ahead) = &mut ahead {
+            ask_second_level(ahead.first);
+            *ahead = ahead.after(1);
         }
         // SAFETY: p < k, i < R and j < V name elements that the caller vouches for.
         unsafe {
             let row: [_; V] = std::array::from_fn(|j| load::<S, T>(simd, b.add(j * lanes)));
             for (i, sums) in sums.iter_mut().enumerate() {
-                let factor = if TRANSPOSED { *a.add(i) } else { *rows[i].wrapping_offset(column) };
+                let factor = if transposed { *a.add(i) } else { *rows[i].wrapping_offset(column) };
                 let factor = T::Vector::<S>::splat(simd, factor);
                 for (sum, &b) in sums.iter_mut().zip(&row) {
                     *sum = factor.mul_add(b, *sum);

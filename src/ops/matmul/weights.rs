@@ -22,7 +22,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use super::prefetch::ask;
-use super::tile::{Ahead, Operands};
+use super::tile::Operands;
 use super::vector::load_some;
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
@@ -99,7 +99,6 @@ impl<T: Scalar> PackedWeights<T> {
                 b_row: self.width as isize,
                 c: c.as_mut_ptr(),
                 c_row: c.strides()[0],
-                ahead: Ahead::NONE,
             };
             let (m, columns) = c.dim();
             // SAFETY: a is valid for m x k elements, c for m x columns with contiguous rows, and the panels of these columns
