@@ -19,8 +19,7 @@ pub(crate) const MOST_LANES: usize = 16;
 pub(crate) fn transpose<T: Scalar, const W: usize>(a: ArrayView2<'_, T>, b: &mut [[T; W]]) {
     let (m, n) = a.dim();
     let b = &mut b[..n];
-    if m == W && W.is_multiple_of(MOST_LANES) && a.strides()[1] == 1 {
-        dispatch!(level(), simd => squares(simd, a, b));
+    if m == W && a.strides()[1] == 1 && dispatch!(level(), simd => squares(simd, a, b)) {
         return;
     }
     for (j, b) in b.iter_mut().enumerate() {
@@ -31,10 +30,13 @@ pub(crate) fn transpose<T: Scalar, const W: usize>(a: ArrayView2<'_, T>, b: &mut
     }
 }
 
-/// [`transpose`] for W contiguous rows.
+/// [`transpose`] for W contiguous rows; false, and nothing done, where they are no squares.
 #[inline(always)]
-fn squares<S: Simd, T: Scalar, const W: usize>(simd: S, a: ArrayView2<'_, T>, b: &mut [[T; W]]) {
+fn squares<S: Simd, T: Scalar, const W: usize>(simd: S, a: ArrayView2<'_, T>, b: &mut [[T; W]]) -> bool {
     let lanes = T::Vector::<S>::LEN;
+    if !W.is_multiple_of(lanes) {
+        return false;
+    }
     let zero = T::Vector::<S>::splat(simd, T::zero());
     let mut square = [zero; MOST_LANES];
     for i in (0..W).step_by(lanes) {
@@ -58,6 +60,7 @@ fn squares<S: Simd, T: Scalar, const W: usize>(simd: S, a: ArrayView2<'_, T>, b:
             }
         }
     }
+    true
 }
 
 /// Transposes the square in the first LEN vectors.
@@ -78,12 +81,12 @@ mod tests {
 
     use super::*;
 
-    fn every_size<T: Scalar>() {
-        for (m, n) in [(32, 16), (32, 37), (32, 1), (32, 0), (5, 20), (0, 3), (1, 1)] {
+    fn every_size<T: Scalar, const W: usize>() {
+        for (m, n) in [(W, 16), (W, 37), (W, 1), (W, 0), (5, 20), (0, 3), (1, 1)] {
             let wide = Array2::from_shape_fn((m, 2 * n), |(i, j)| T::from_f64((100 * i + j) as f64));
             let columns = Array2::from_shape_fn((n, m), |(j, i)| T::from_f64((100 * i + j) as f64));
             for a in [wide.slice(s![.., ..n]), wide.slice(s![.., ..;2]), columns.t()] {
-                let mut b = vec![[T::nan(); 32]; n + 1];
+                let mut b = vec![[T::nan(); W]; n + 1];
                 transpose(a, &mut b);
                 for (j, b) in b[..n].iter().enumerate() {
                     assert!(b[..m].iter().zip(a.column(j)).all(|(b, a)| b == a), "{m} x {n}");
@@ -96,7 +99,9 @@ mod tests {
 
     #[test]
     fn transposes_every_size_and_layout() {
-        every_size::<f32>();
-        every_size::<f64>();
+        every_size::<f32, 32>();
+        every_size::<f64, 32>();
+        every_size::<f32, 8>();
+        every_size::<f64, 8>();
     }
 }

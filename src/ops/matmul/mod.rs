@@ -8,8 +8,7 @@
 
 #![allow(unsafe_code)]
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
-use rayon::prelude::*;
+use ndarray::{ArrayView2, ArrayViewMut2};
 
 use crate::Scalar;
 use crate::compiled::compiled_here;
@@ -18,12 +17,14 @@ use crate::ops::triangle::Triangle;
 
 mod in_place;
 mod packed;
+mod parallel;
 mod prefetch;
 mod tile;
 mod vector;
 mod weights;
 
 pub(crate) use packed::PackedRows;
+pub(crate) use parallel::{parallel_add_product, parallel_product, parallel_product_into};
 pub(crate) use prefetch::{ask, ask_for_pages, ask_second_level, prefetch, prefetch_first, prefetch_row};
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;
@@ -121,48 +122,6 @@ fn gemm_here<T: Scalar>(
             gemm::Parallelism::None,
         );
     }
-}
-
-/// Rows of `c` that one task computes: large enough to keep the product efficient, small enough to share.
-const ROWS_PER_TASK: usize = 128;
-
-/// C <- A B with the rows of C shared among the threads of the current rayon pool.
-pub(crate) fn parallel_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
-    let mut c = Array2::zeros((a.nrows(), b.ncols()));
-    parallel_product_into(a, b, c.view_mut());
-    c
-}
-
-/// As [`parallel_product`], into an array that is there already.
-pub(crate) fn parallel_product_into<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    c: ArrayViewMut2<'_, T>,
-) {
-    rows_in_parallel(a, b, c, false);
-}
-
-/// C <- C + A B with the rows of C shared among the threads of the current rayon pool.
-pub(crate) fn parallel_add_product<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    c: ArrayViewMut2<'_, T>,
-) {
-    rows_in_parallel(a, b, c, true);
-}
-
-fn rows_in_parallel<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    mut c: ArrayViewMut2<'_, T>,
-    add: bool,
-) {
-    // A product with few, long rows (a weight's gradient) is cut into finer pieces than one with many short ones.
-    let rows = (ROWS_PER_TASK).min(a.nrows().div_ceil(2)).max(16);
-    a.axis_chunks_iter(Axis(0), rows)
-        .into_par_iter()
-        .zip(c.axis_chunks_iter_mut(Axis(0), rows))
-        .for_each(|(a, c)| gemm((a, Triangle::Full), b, c, add));
 }
 
 #[cfg(test)]

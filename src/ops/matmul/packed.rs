@@ -9,10 +9,12 @@
 
 use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
 
 use super::tile::{Operands, Rows, all_rows, depth, width};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
+use crate::ops::transpose::transpose;
 use crate::ops::triangle::Triangle;
 
 /// A matrix [rows, columns] in panels.
@@ -68,6 +70,30 @@ impl<T: Scalar> PackedRows<T> {
         }
         let elements = &mut self.elements[row * self.width..];
         dispatch!(self.level, simd => set_rows(simd, x, elements, self.panel));
+    }
+
+    /// The first rows <- `x`, panels shared among the threads of the current rayon pool.
+    ///
+    /// # Shapes
+    /// `x` [n, columns], of any strides.
+    pub fn set_first_rows(&mut self, x: ArrayView2<'_, T>) {
+        debug_assert!(x.nrows() <= self.rows && x.ncols() == self.columns);
+        let (level, width) = (self.level, self.width);
+        let columns = x.axis_chunks_iter(Axis(1), width).into_par_iter();
+        self.elements.par_chunks_mut(self.panel).zip(columns).for_each(|(panel, x)| {
+            if x.strides()[1] == 1 {
+                dispatch!(level, simd => set_rows(simd, x, panel, panel.len()));
+                return;
+            }
+            let x_t = x.reversed_axes();
+            match width {
+                64 => transpose::<T, 64>(x_t, panel.as_chunks_mut().0),
+                32 => transpose::<T, 32>(x_t, panel.as_chunks_mut().0),
+                16 => transpose::<T, 16>(x_t, panel.as_chunks_mut().0),
+                8 => transpose::<T, 8>(x_t, panel.as_chunks_mut().0),
+                _ => dispatch!(level, simd => set_rows(simd, x_t.reversed_axes(), panel, panel.len())),
+            }
+        });
     }
 
     /// C <- A B, or C + A B, B being the k rows from `from` on.
