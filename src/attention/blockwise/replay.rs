@@ -9,7 +9,7 @@ use crate::Scalar;
 use crate::attention::CompressiveCache;
 use crate::attention::block::Block;
 use crate::attention::kernels::add_to;
-use crate::ops::matmul::triangle_product;
+use crate::ops::matmul::{prefetch_row, triangle_product};
 use crate::ops::simd::on_best_simd;
 use crate::ops::triangle::Triangle;
 
@@ -68,6 +68,9 @@ fn share<T: Scalar>(count: u64) -> T {
     if count == 0 { T::zero() } else { T::one() / T::from_f64(count as f64) }
 }
 
+/// How many keys before its turn a row is asked for.
+const AHEAD: usize = 16;
+
 /// Gradients of keys or of their values, one row per position.
 ///
 /// A sweep in falling order meets a row with the last tile that sees the key, a sweep in rising order with the key's own.
@@ -123,8 +126,16 @@ impl<'a, T: Scalar> KeyRows<'a, T> {
         let met = self.met.expect("falling order");
         let add = key >= met || key < self.first;
         debug_assert!(add || key + 1 == met);
-        let mut rows = self.rows(key..key + 1);
-        let mut sum = rows.row_mut(0);
+        if let Some(next) = key.checked_sub(self.first + AHEAD) {
+            prefetch_row(self.own.row(next));
+        }
+        let mut sum = match key.checked_sub(self.first) {
+            Some(own) => self.own.row_mut(own),
+            None => {
+                let row = self.before.nrows() + key - self.first;
+                self.before.row_mut(row)
+            }
+        };
         match (sum.as_slice_mut(), row.to_slice()) {
             (Some(sum), Some(row)) if add => on_best_simd!(add_to(row, sum)),
             _ if add => sum += &row,
