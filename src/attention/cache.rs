@@ -22,6 +22,7 @@ use rayon::prelude::*;
 
 use crate::error::check_shape;
 use crate::ops::finite::check_finite;
+use crate::ops::matmul::prefetch_ahead;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
@@ -197,7 +198,8 @@ fn move_means<T: Scalar>(
     values: ArrayView2<'_, T>,
     mut replaced: Option<&mut Vec<T>>,
 ) {
-    for ((&code, &share), value) in codes.iter().zip(shares).zip(values.rows()) {
+    for (i, ((&code, &share), value)) in codes.iter().zip(shares).zip(values.rows()).enumerate() {
+        prefetch_ahead(values, i);
         let s = code as usize;
         let (mut mean, mut residual) = (means.row_mut(s), residuals.row_mut(s));
         if let (Some(replaced), Some(mean)) = (&mut replaced, mean.as_slice()) {

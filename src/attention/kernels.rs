@@ -7,6 +7,7 @@ use fearless_simd::{Simd, SimdBase};
 use ndarray::ArrayView2;
 
 use crate::Scalar;
+use crate::ops::matmul::prefetch_ahead;
 use crate::ops::simd::{LANES, Row, fused};
 
 /// `sum[i] <- rows[i] + term`, for one or two terms [K]: each row is read once.
@@ -18,6 +19,7 @@ pub(super) fn add_terms<T: Scalar, const N: usize>(
 ) {
     let width = rows.ncols();
     for (i, row) in rows.rows().into_iter().enumerate() {
+        prefetch_ahead(rows, i);
         for (term, sum) in terms.iter().zip(&mut sums) {
             let sum = &mut sum[i * width..][..width];
             match row.to_slice() {

@@ -21,6 +21,7 @@ use rayon::prelude::*;
 use super::{check_codes, check_mask};
 use crate::error::{check_shape, checked_len};
 use crate::ops::finite::check_finite;
+use crate::ops::matmul::prefetch_ahead;
 use crate::ops::rows::{SUMS, sum_of_lanes};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
@@ -176,6 +177,7 @@ pub(crate) fn squared_error<T: Scalar>(
     debug_assert_eq!(keys.dim(), (codes.len(), codewords.ncols()));
     let mut total = 0.0;
     for (j, (key, &code)) in keys.outer_iter().zip(codes).enumerate() {
+        prefetch_ahead(keys, j);
         if mask.is_none_or(|mask| mask[j]) {
             let codeword = codewords.row(code as usize);
             let sums = match (key.to_slice(), codeword.to_slice()) {

@@ -117,7 +117,6 @@ fn run_segment<T: Scalar>(
         values.update_means(piece, entered, &past.cache);
         for tile in block.tiles() {
             let queries = tile.queries().start - first..tile.queries().end - first;
-            piece.prefetch(&tile);
             values.take(piece, tile.queries().end);
             scores.fill_content(piece, &tile); // (1)
             scores.fill_recent(piece, &tile);

@@ -11,6 +11,7 @@ use fearless_simd::{Level, Simd, SimdBase, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
+use super::prefetch::prefetch_ahead;
 use super::tile::{Operands, Rows, all_rows, depth, width};
 use crate::Scalar;
 use crate::ops::simd::{Aligned, LINE, level};
@@ -143,6 +144,7 @@ impl<T: Scalar> PackedRows<T> {
 fn set_rows<S: Simd, T: Scalar>(simd: S, rows: ArrayView2<'_, T>, elements: &mut [T], panel: usize) {
     let (lanes, width) = (T::Vector::<S>::LEN, width::<S, T>(simd));
     for (i, row) in rows.rows().into_iter().enumerate() {
+        prefetch_ahead(rows, i);
         let elements = &mut elements[i * width..];
         let Some(row) = row.to_slice() else {
             for (column, &x) in row.iter().enumerate() {

@@ -32,6 +32,18 @@ pub(crate) fn prefetch_row<T: Scalar>(row: ArrayView1<'_, T>) {
     }
 }
 
+/// How many rows before its turn a row is asked for.
+const AHEAD: usize = 12;
+
+/// At row `row` of a pass over `rows`: asks for one a little later, if there are gaps between rows and none within them.
+#[inline(always)]
+pub(crate) fn prefetch_ahead<T: Scalar>(rows: ArrayView2<'_, T>, row: usize) {
+    let (n, width) = rows.dim();
+    if row + AHEAD < n && rows.strides()[0] != width as isize {
+        prefetch_row(rows.index_axis_move(Axis(0), row + AHEAD));
+    }
+}
+
 /// Asks for as many of the first of these rows as are at most one page long, if their elements lie side by side.
 #[inline]
 pub(crate) fn prefetch_first<T: Scalar>(rows: ArrayView2<'_, T>) {
