@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{Gradients, backward, check_given, check_inputs, forward};
+use super::{Gradients, backward, checked_given, checked_inputs, forward};
 use crate::attention::documents::documents;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
@@ -36,7 +36,8 @@ pub fn forward_documents<T: Scalar>(
     v: ArrayView2<'_, T>,
     starts: ArrayView1<'_, bool>,
 ) -> Result<(Array2<T>, Array1<T>), Error> {
-    check_inputs(q, k, v)?;
+    let checked = checked_inputs(q, k, v)?;
+    let [q, k, v] = checked.each_ref().map(|x| x.view());
     check_shape("starts", &[q.nrows()], starts.shape())?;
     let Some(documents) = documents(Some(starts)) else { return forward(q, k, v) };
     let (mut out, mut lse) = (Array2::zeros(v.raw_dim()), Array1::zeros(q.nrows()));
@@ -65,9 +66,11 @@ pub fn backward_documents<T: Scalar>(
     (out, lse): (ArrayView2<'_, T>, ArrayView1<'_, T>),
     d_out: ArrayView2<'_, T>,
 ) -> Result<Gradients<T>, Error> {
-    check_inputs(q, k, v)?;
+    let checked = checked_inputs(q, k, v)?;
+    let [q, k, v] = checked.each_ref().map(|x| x.view());
     check_shape("starts", &[q.nrows()], starts.shape())?;
-    check_given(v, out, lse, d_out)?;
+    let d_out = checked_given(v, out, lse, d_out)?;
+    let d_out = d_out.view();
     let Some(documents) = documents(Some(starts)) else { return backward(q, k, v, out, lse, d_out) };
     let mut d = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()), Array2::zeros(v.raw_dim()));
     let rows = [&mut d.0, &mut d.1, &mut d.2].map(|array| cut(&documents, array.view_mut()));

@@ -27,12 +27,13 @@
 //! outputs: per thread the tiles of 256 queries or keys, copies of inputs that are not contiguous, backward 8 d_q at most.
 //! Source: the running maximum and sum are those of FlashAttention (Dao et al., arXiv 2205.14135).
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 use rayon::prelude::*;
 
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::finite::{all_finite, check_finite};
+use crate::ops::matmul::prefetch_ahead;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -46,7 +47,7 @@ pub(crate) use pieces::{attend_backward_unchecked, attend_unchecked};
 
 pub use documents::{backward_documents, forward_documents};
 
-/// Rows that one task checks.
+/// Rows that one task copies or checks.
 const ROWS: usize = 256;
 
 /// Outputs o [T, V], and lse `[T]`, the logarithm of each query's sum of `exp(score)`.
@@ -84,10 +85,9 @@ fn forward_here<T: Scalar>(
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
 ) -> Result<(Array2<T>, Array1<T>), Error> {
-    check_inputs(q, k, v)?;
+    let [q, k, v] = checked_inputs(q, k, v)?;
     let mut out = Array2::zeros(v.raw_dim());
     let mut lse = vec![T::zero(); q.nrows()];
-    let [q, k, v] = [&q, &k, &v].map(|x| x.as_standard_layout());
     let given = forward::Given { q: q.view(), k: k.view(), v: v.view(), biases: None };
     forward::run(given, out.view_mut(), &mut lse);
     Ok((out, lse.into()))
@@ -139,13 +139,12 @@ fn backward_here<T: Scalar>(
     lse: ArrayView1<'_, T>,
     d_out: ArrayView2<'_, T>,
 ) -> Result<Gradients<T>, Error> {
-    check_inputs(q, k, v)?;
-    check_given(v, out, lse, d_out)?;
-    let delta = deltas(out, d_out);
+    let [q, k, v] = checked_inputs(q, k, v)?;
+    let d_out = checked_given(v.view(), out, lse, d_out)?;
+    let delta = deltas(out, d_out.view());
     let lse = lse.to_vec();
     let (mut d_q, mut d_k) = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()));
     let mut d_v = Array2::zeros(v.raw_dim());
-    let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|x| x.as_standard_layout());
     let forward = forward::Given { q: q.view(), k: k.view(), v: v.view(), biases: None };
     let given = backward::Given { forward, d_out: d_out.view(), lse: &lse, delta: &delta };
     backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
@@ -164,31 +163,52 @@ fn deltas<T: Scalar>(out: ArrayView2<'_, T>, d_out: ArrayView2<'_, T>) -> Vec<T>
     delta
 }
 
-fn check_inputs<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-) -> Result<(), Error> {
+/// q, k and v, if they fit and are finite, with rows side by side: each is read many times.
+fn checked_inputs<'a, T: Scalar>(
+    q: ArrayView2<'a, T>,
+    k: ArrayView2<'a, T>,
+    v: ArrayView2<'a, T>,
+) -> Result<[CowArray<'a, T, Ix2>; 3], Error> {
     check_shape("k", q.shape(), k.shape())?;
     check_shape("v", &[q.nrows(), v.ncols()], v.shape())?;
-    check_rows("q", q)?;
-    check_rows("k", k)?;
-    check_rows("v", v)
+    let inputs = [q, k, v].map(contiguous);
+    for (what, x) in ["q", "k", "v"].into_iter().zip(&inputs) {
+        check_rows(what, x.view())?;
+    }
+    Ok(inputs)
 }
 
-/// Checks what backward takes beside the inputs.
-fn check_given<T: Scalar>(
+/// `d_out`, if it and the rest that backward takes beside the inputs fit and are finite, with rows side by side.
+fn checked_given<'a, T: Scalar>(
     v: ArrayView2<'_, T>,
     out: ArrayView2<'_, T>,
     lse: ArrayView1<'_, T>,
-    d_out: ArrayView2<'_, T>,
-) -> Result<(), Error> {
+    d_out: ArrayView2<'a, T>,
+) -> Result<CowArray<'a, T, Ix2>, Error> {
     check_shape("out", v.shape(), out.shape())?;
     check_shape("lse", &[v.nrows()], lse.shape())?;
     check_shape("d_out", v.shape(), d_out.shape())?;
     check_rows("out", out)?;
     check_finite("lse", lse)?;
-    check_rows("d_out", d_out)
+    let d_out = contiguous(d_out);
+    check_rows("d_out", d_out.view())?;
+    Ok(d_out)
+}
+
+/// These rows, or where they do not lie side by side, a copy of them, made on all threads.
+fn contiguous<T: Scalar>(rows: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
+    if rows.is_standard_layout() {
+        return rows.into();
+    }
+    let mut copy = Array2::zeros(rows.raw_dim());
+    let parts = copy.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter();
+    parts.zip(rows.axis_chunks_iter(Axis(0), ROWS)).for_each(|(mut copy, rows)| {
+        for (i, (mut copy, row)) in copy.rows_mut().into_iter().zip(rows.rows()).enumerate() {
+            prefetch_ahead(rows, i);
+            copy.assign(&row);
+        }
+    });
+    copy.into()
 }
 
 /// [`check_finite`] on all threads.

@@ -25,7 +25,9 @@ mod weights;
 
 pub(crate) use packed::PackedRows;
 pub(crate) use parallel::{parallel_add_product, parallel_product, parallel_product_into};
-pub(crate) use prefetch::{ask, ask_for_pages, ask_second_level, prefetch, prefetch_ahead, prefetch_first, prefetch_row};
+pub(crate) use prefetch::{
+    ask, ask_for_pages, ask_second_level, prefetch, prefetch_ahead, prefetch_first, prefetch_row,
+};
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;
 
