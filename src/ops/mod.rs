@@ -17,6 +17,7 @@ pub(crate) mod finite;
 pub mod gelu;
 pub mod linear;
 pub(crate) mod matmul;
+pub(crate) mod parallel;
 pub mod positions;
 pub mod rms_norm;
 pub(crate) mod rows;

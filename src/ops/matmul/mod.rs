@@ -17,14 +17,12 @@ use crate::ops::triangle::Triangle;
 
 mod in_place;
 mod packed;
-mod parallel;
 mod prefetch;
 mod tile;
 mod vector;
 mod weights;
 
 pub(crate) use packed::PackedRows;
-pub(crate) use parallel::{parallel_add_product, parallel_product, parallel_product_into};
 pub(crate) use prefetch::{
     ask, ask_for_pages, ask_second_level, prefetch, prefetch_ahead, prefetch_first, prefetch_row,
 };
@@ -158,13 +156,12 @@ mod tests {
                     let mut c = Array2::from_elem((m, n), f64::NAN);
                     product(a, b, c.view_mut());
                     assert_eq!(c, expected);
-                    assert_eq!(parallel_product(a, b), expected);
                     naive(a, b, &mut expected);
                     add_product(a, b, c.view_mut());
                     assert_eq!(c, expected);
                     let mut c = Array2::from_elem((n, m), f64::NAN);
                     product(a, b, c.view_mut().reversed_axes());
-                    parallel_add_product(a, b, c.view_mut().reversed_axes());
+                    add_product(a, b, c.view_mut().reversed_axes());
                     assert_eq!(c.t(), expected);
                 }
             }

@@ -16,9 +16,9 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{PackedRows, gemm};
+use super::matmul::{PackedRows, add_product, product};
+use super::simd::LINE;
 use crate::Scalar;
-use crate::ops::simd::LINE;
 use crate::ops::triangle::Triangle;
 
 /// Rows of C below which no part of B is packed.
@@ -87,7 +87,7 @@ fn in_parallel<T: Scalar>(
         let tasks = a.axis_chunks_iter(Axis(0), rows).into_par_iter();
         tasks
             .zip(c.axis_chunks_iter_mut(Axis(0), rows))
-            .for_each(|(a, c)| gemm((a, Triangle::Full), b, c, add));
+            .for_each(|(a, c)| if add { add_product(a, b, c) } else { product(a, b, c) });
         return;
     }
     let row = n * size_of::<T>();
@@ -139,9 +139,23 @@ mod tests {
     /// Integers: every sum is exact, so equality is exact. Operands as they are and transposed, C inside of a larger array.
     fn products_equal_the_definition<T: Scalar>((m, k, n): (usize, usize, usize)) {
         let (a, b) = (numbers::<T>((m, k), 1), numbers::<T>((k, n), 2));
-        let (a_t, b_t) = (numbers_of(a.t()), numbers_of(b.t()));
+        let [a_t, b_t] = [&a, &b].map(|x| x.t().as_standard_layout().into_owned());
+        // Every second element, from the last to the first.
+        let [a_far, b_far] = [&a, &b].map(|x| {
+            let mut far = Array2::from_elem((x.nrows(), 2 * x.ncols()), T::nan());
+            far.slice_mut(s![..;-1, ..;2]).assign(x);
+            far
+        });
+        let far = s![..;-1, ..;2];
         let expected = a.dot(&b);
-        for (a, b) in [(a.view(), b.view()), (a_t.t(), b.view()), (a.view(), b_t.t()), (a_t.t(), b_t.t())] {
+        for (a, b) in [
+            (a.view(), b.view()),
+            (a_t.t(), b.view()),
+            (a.view(), b_t.t()),
+            (a_t.t(), b_t.t()),
+            (a_far.slice(far), b.view()),
+            (a.view(), b_far.slice(far)),
+        ] {
             for c_transposed in [false, true] {
                 let (rows, columns) = if c_transposed { (n, m) } else { (m, n) };
                 let mut around = Array2::from_elem((rows + 2, columns + 2), T::nan());
@@ -160,10 +174,6 @@ mod tests {
                 assert_eq!(around.iter().filter(|c| !c.is_nan()).count(), m * n, "outside of C");
             }
         }
-    }
-
-    fn numbers_of<T: Scalar>(view: ArrayView2<'_, T>) -> Array2<T> {
-        view.as_standard_layout().into_owned()
     }
 
     #[test]
