@@ -34,13 +34,13 @@ pub fn forward<T: Scalar>(
     };
     check_shape("bias", &[w.ncols()], bias.shape())?;
     rows::map(y.dim(), [], [&mut y], |_, [], [y]| bias.iter().zip(y).for_each(|(&bias, y)| *y = bias));
-    parallel::parallel_add_product(x, w, y.view_mut()); // (1)
+    parallel::add_product(x, w, y.view_mut()); // (1)
     Ok(y)
 }
 
 /// As [`forward`] without a bias, on shapes that fit, into an array whose numbers do not matter.
 pub(crate) fn forward_into<T: Scalar>(x: ArrayView2<'_, T>, w: ArrayView2<'_, T>, y: &mut Array2<T>) {
-    parallel::parallel_product_into(x, w, y.view_mut()); // (1)
+    parallel::product_into(x, w, y.view_mut()); // (1)
 }
 
 /// d_x of [`forward`]; `d_w` and `d_bias` are added to. Formula (2).
@@ -73,7 +73,7 @@ pub(crate) fn backward_into<T: Scalar>(
 ) -> Result<(), Error> {
     check_shape("d_x", x.shape(), d_x.shape())?;
     backward_weights(x, w, d_y, d_w, d_bias)?;
-    parallel::parallel_product_into(d_y, w.t(), d_x.view_mut());
+    parallel::product_into(d_y, w.t(), d_x.view_mut());
     Ok(())
 }
 
@@ -94,7 +94,7 @@ pub fn add_backward<T: Scalar>(
 ) -> Result<(), Error> {
     check_shape("d_x", x.shape(), d_x.shape())?;
     backward_weights(x, w, d_y, d_w, d_bias)?;
-    parallel::parallel_add_product(d_y, w.t(), d_x);
+    parallel::add_product(d_y, w.t(), d_x);
     Ok(())
 }
 
@@ -115,7 +115,7 @@ fn backward_weights<T: Scalar>(
             d_bias.iter_mut().zip(d_y).for_each(|(d_bias, &d_y)| *d_bias += d_y);
         });
     }
-    parallel::parallel_add_product(x.t(), d_y, d_w);
+    parallel::add_product(x.t(), d_y, d_w);
     Ok(())
 }
 

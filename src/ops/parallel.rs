@@ -4,19 +4,19 @@
 //! (1) C <- beta C + A B     beta 0 or 1
 //!
 //! for as many rows of B as stay in a cache:  pack them, panel by panel; then
-//!     for some rows of A and C:  for each panel:  the tiles of these rows
+//!     for some rows of A and C:  for each panel:  tiles
 //! ```
 //!
-//! Each inner loop is shared. A library that multiplies some rows packs B once for each of these parts; here it is packed once for all
-//! of them. A transposed A (of a weight's gradient) is copied a few columns at a time: its lines lie so far apart that
+//! Both inner loops are shared. A library called for some rows would pack B for each call; here it is packed once. A transposed A (of a weight's gradient) is copied a few columns at a time: its lines lie so far apart that
 //! they would fall on few sets of a cache.
 //!
-//! An element of C is the sum, in order, of sums over so many p each, wherever the cuts fall.
+//! An element of C is the sum, in order, of sums over so many p each, wherever the cuts fall: those of B and of A's columns fall
+//! where such a sum ends.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::matmul::{PackedRows, add_product, product};
+use super::matmul::{self, PackedRows};
 use super::simd::LINE;
 use crate::Scalar;
 use crate::ops::triangle::Triangle;
@@ -36,77 +36,67 @@ const WHOLE: usize = 1 << 23;
 /// Bytes of any other B that are packed at once.
 const PART: usize = 1 << 21;
 
-/// Columns of a transposed A that are copied at once.
+/// Columns of a transposed A that are copied at once, a multiple of the p that a tile sums up.
 const COPIED: usize = 256;
 
 /// C <- A B.
 ///
 /// # Shapes
 /// `a` [m, k], `b` [k, n], the result [m, n].
-pub(crate) fn parallel_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+pub(crate) fn product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
     let mut c = Array2::zeros((a.nrows(), b.ncols()));
-    parallel_product_into(a, b, c.view_mut());
+    product_into(a, b, c.view_mut());
     c
 }
 
-/// As [`parallel_product`], into an array that is there already.
-pub(crate) fn parallel_product_into<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    c: ArrayViewMut2<'_, T>,
-) {
-    in_parallel(a, b, c, false);
+/// As [`product`], into an array that is there already.
+pub(crate) fn product_into<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
+    run(a, b, c, false);
 }
 
 /// C <- C + A B.
 ///
 /// # Shapes
 /// `a` [m, k], `b` [k, n], `c` [m, n].
-pub(crate) fn parallel_add_product<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    c: ArrayViewMut2<'_, T>,
-) {
-    in_parallel(a, b, c, true);
+pub(crate) fn add_product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: ArrayViewMut2<'_, T>) {
+    run(a, b, c, true);
 }
 
-fn in_parallel<T: Scalar>(
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    mut c: ArrayViewMut2<'_, T>,
-    add: bool,
-) {
+fn run<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>, add: bool) {
     if c.strides()[1] != 1 && c.strides()[0] == 1 {
         // C^T <- beta C^T + B^T A^T: tiles store rows.
-        return in_parallel(b.reversed_axes(), a.reversed_axes(), c.reversed_axes(), add);
+        return run(b.reversed_axes(), a.reversed_axes(), c.reversed_axes(), add);
     }
     let ((m, k), n) = (a.dim(), b.ncols());
-    // A product with few, long rows (a weight's gradient) is cut into finer pieces than one with many short ones.
-    let rows = ROWS_PER_TASK.min(m.div_ceil(2)).max(16);
     if m < FEW_ROWS || n < FEW_COLUMNS || k == 0 {
-        let tasks = a.axis_chunks_iter(Axis(0), rows).into_par_iter();
-        tasks
-            .zip(c.axis_chunks_iter_mut(Axis(0), rows))
-            .for_each(|(a, c)| if add { add_product(a, b, c) } else { product(a, b, c) });
+        share_rows(a, c, |a, c| if add { matmul::add_product(a, b, c) } else { matmul::product(a, b, c) });
         return;
     }
     let row = n * size_of::<T>();
     let whole = k <= m && k * row <= WHOLE;
     let depth = if whole { k } else { (PART / row / COPIED).max(1) * COPIED };
     let mut packed = PackedRows::zeros(depth.min(k), n);
-    for (part, b) in b.axis_chunks_iter(Axis(0), depth).enumerate() {
+    let parts = a.axis_chunks_iter(Axis(1), depth).zip(b.axis_chunks_iter(Axis(0), depth));
+    for (part, (a, b)) in parts.enumerate() {
         packed.set_first_rows(b);
-        let first = part * depth;
-        let a = a.slice(s![.., first..first + b.nrows()]);
-        let tasks = a.axis_chunks_iter(Axis(0), rows).into_par_iter();
-        tasks
-            .zip(c.axis_chunks_iter_mut(Axis(0), rows))
-            .for_each(|(a, c)| rows_of_product(a, &packed, c, add || part > 0));
+        share_rows(a, c.view_mut(), |a, c| product_of_rows(a, &packed, c, add || part > 0));
     }
 }
 
+/// `f` of the same rows of A and C, some per task.
+fn share_rows<T: Scalar>(
+    a: ArrayView2<'_, T>,
+    mut c: ArrayViewMut2<'_, T>,
+    f: impl Fn(ArrayView2<'_, T>, ArrayViewMut2<'_, T>) + Sync,
+) {
+    // A product with few, long rows (a weight's gradient) is cut into finer pieces than one with many short ones.
+    let rows = ROWS_PER_TASK.min(a.nrows().div_ceil(2)).max(16);
+    let tasks = a.axis_chunks_iter(Axis(0), rows).into_par_iter();
+    tasks.zip(c.axis_chunks_iter_mut(Axis(0), rows)).for_each(|(a, c)| f(a, c));
+}
+
 /// (1) for some rows of A and C, B being the first rows of `packed`.
-fn rows_of_product<T: Scalar>(
+fn product_of_rows<T: Scalar>(
     a: ArrayView2<'_, T>,
     packed: &PackedRows<T>,
     mut c: ArrayViewMut2<'_, T>,
@@ -163,9 +153,9 @@ mod tests {
                     let c = around.slice_mut(s![1..=rows, 1..=columns]);
                     let c = if c_transposed { c.reversed_axes() } else { c };
                     if times == 1 {
-                        parallel_product_into(a, b, c)
+                        product_into(a, b, c)
                     } else {
-                        parallel_add_product(a, b, c)
+                        add_product(a, b, c)
                     }
                     let c = around.slice(s![1..=rows, 1..=columns]);
                     let c = if c_transposed { c.reversed_axes() } else { c };
@@ -190,10 +180,10 @@ mod tests {
     fn threads_change_no_bit() {
         let a = Array2::from_shape_fn((300, 700), |(i, p)| ((i * 700 + p) as f32).sin());
         let b = Array2::from_shape_fn((700, 500), |(p, j)| ((p * 500 + j) as f32).cos());
-        let run = |threads| {
+        let products = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| (parallel_product(a.view(), b.view()), parallel_product(b.t(), a.t())))
+            pool.install(|| (product(a.view(), b.view()), product(b.t(), a.t())))
         };
-        assert_eq!(run(1), run(3));
+        assert_eq!(products(1), products(3));
     }
 }

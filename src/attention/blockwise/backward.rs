@@ -291,19 +291,18 @@ fn run_segment<T: Scalar>(
     SegmentGradients { k_hat_before: d_k_hat.before, v_before: d_v.before, ..sums }
 }
 
-/// Asks for what the tile before or after this one reads first.
+/// Asks for the output gradients and the values that the tile before or after this one is the first to read.
 fn prefetch_next<T: Scalar>(piece: &Piece<'_, T>, tile: &Tile, d_out: ArrayView2<'_, T>, backward: bool) {
-    if !backward {
-        piece.prefetch(tile);
+    let (queries, keys) = if backward {
+        let before = |position: usize| position.saturating_sub(LANES)..position;
+        (before(tile.queries().start), before(tile.parts().1.start))
+    } else {
         let end = tile.queries().end;
-        prefetch(d_out.slice(s![end..d_out.nrows().min(end + LANES), ..]));
-        return;
-    }
-    let before = |position: usize| position.saturating_sub(LANES)..position;
-    let queries = before(tile.queries().start);
-    prefetch(piece.inputs.q.slice(s![queries.clone(), ..]));
+        let after = end..d_out.nrows().min(end + LANES);
+        (after.clone(), after)
+    };
     prefetch(d_out.slice(s![queries, ..]));
-    prefetch(piece.inputs.v.slice(s![before(tile.parts().1.start), ..]));
+    prefetch(piece.inputs.v.slice(s![keys, ..]));
 }
 
 /// d_p <- v d_o^T, of the keys' values and the queries' gradients. The last keys are the queries' own, which earlier queries do

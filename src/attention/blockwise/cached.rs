@@ -65,7 +65,6 @@ fn cached_values_of<T: Scalar>(
         let gates: Vec<T> = counts.iter().map(gate).collect();
         for tile in block.tiles().rev() {
             let earlier = tile.queries().start.saturating_sub(LANES)..tile.queries().start;
-            prefetch(piece.inputs.q.slice(s![earlier.clone(), ..]));
             prefetch(d_out.slice(s![earlier, ..]));
             scores.fill_content(piece, &tile);
             scores.exponentiate_cached(&gates, &lanes(lse, &tile));

@@ -40,8 +40,7 @@ use super::{AttentionState, CompressiveCache, Gradients, Inputs, Output, VqAtten
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::finite::check_finite;
-use crate::ops::matmul::{PackedRows, prefetch};
-use crate::ops::simd::LANES;
+use crate::ops::matmul::PackedRows;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -177,14 +176,6 @@ impl<'a, T: Scalar> Piece<'a, T> {
         let enters = last.is_some_and(|block| piece.entered_before(&block) > 0);
         piece.reads_cache = attention.cache && (enters || state.cache.count().iter().any(|&n| n > 0));
         piece
-    }
-
-    /// Asks for what the tile after this one reads first.
-    fn prefetch(&self, tile: &Tile) {
-        let t = self.codes.len();
-        let next = tile.queries().end..t.min(tile.queries().end + LANES);
-        prefetch(self.inputs.q.slice(s![next.clone(), ..]));
-        prefetch(self.inputs.v.slice(s![next, ..]));
     }
 
     /// Whether values receive gradient from queries that read them through the cache.

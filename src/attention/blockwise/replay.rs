@@ -129,12 +129,12 @@ impl<'a, T: Scalar> KeyRows<'a, T> {
         if let Some(next) = key.checked_sub(self.first + AHEAD) {
             prefetch_row(self.own.row(next));
         }
-        let mut sum = match key.checked_sub(self.first) {
-            Some(own) => self.own.row_mut(own),
-            None => {
-                let row = self.before.nrows() + key - self.first;
-                self.before.row_mut(row)
-            }
+        // As `rows`, which for single ones takes 1 % of a backward pass of narrow heads.
+        let mut sum = if key >= self.first {
+            self.own.row_mut(key - self.first)
+        } else {
+            let row = self.before.nrows() + key - self.first;
+            self.before.row_mut(row)
         };
         match (sum.as_slice_mut(), row.to_slice()) {
             (Some(sum), Some(row)) if add => on_best_simd!(add_to(row, sum)),

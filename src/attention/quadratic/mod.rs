@@ -34,6 +34,7 @@ use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::ops::finite::{all_finite, check_finite};
 use crate::ops::matmul::prefetch_ahead;
+use crate::ops::rows;
 use crate::{Error, Scalar};
 
 mod backward;
@@ -47,7 +48,7 @@ pub(crate) use pieces::{attend_backward_unchecked, attend_unchecked};
 
 pub use documents::{backward_documents, forward_documents};
 
-/// Rows that one task copies or checks.
+/// Rows that one task checks.
 const ROWS: usize = 256;
 
 /// Outputs o [T, V], and lse `[T]`, the logarithm of each query's sum of `exp(score)`.
@@ -201,12 +202,9 @@ fn contiguous<T: Scalar>(rows: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
         return rows.into();
     }
     let mut copy = Array2::zeros(rows.raw_dim());
-    let parts = copy.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter();
-    parts.zip(rows.axis_chunks_iter(Axis(0), ROWS)).for_each(|(mut copy, rows)| {
-        for (i, (mut copy, row)) in copy.rows_mut().into_iter().zip(rows.rows()).enumerate() {
-            prefetch_ahead(rows, i);
-            copy.assign(&row);
-        }
+    rows::map(rows.dim(), [rows], [&mut copy], |i, [row], [copy]| {
+        prefetch_ahead(rows, i);
+        copy.copy_from_slice(row);
     });
     copy.into()
 }

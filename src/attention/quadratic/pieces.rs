@@ -18,9 +18,8 @@ use crate::compiled::compiled_here;
 use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::vector_product;
-use crate::ops::parallel::{parallel_add_product, parallel_product};
-use crate::ops::rows;
 use crate::ops::simd::{fused, on_best_simd};
+use crate::ops::{parallel, rows};
 use crate::{Error, Scalar};
 
 /// All keys and values of one head so far: a state that grows with the sequence.
@@ -162,7 +161,7 @@ pub(crate) fn attend_unchecked<T: Scalar>(
 fn biased<T: Scalar>(q: ArrayView2<'_, T>, biases: Option<Biases<'_, T>>) -> (Array2<T>, Option<Array2<T>>) {
     match biases {
         Some(Biases { content, position, relative }) => {
-            let band = parallel_product((&q + &position).view(), relative.t());
+            let band = parallel::product((&q + &position).view(), relative.t());
             (&q + &content, Some(band))
         }
         None => (q.as_standard_layout().into_owned(), None),
@@ -278,10 +277,10 @@ pub(crate) fn attend_backward_unchecked<T: Scalar>(
     let past = s![all.len - q.nrows().., ..];
     let d_biases = biases.zip(d_band).map(|(Biases { position, relative, .. }, d_band)| {
         let content = d_q.sum_axis(Axis(0));
-        let d_q_position = parallel_product(d_band.view(), relative);
+        let d_q_position = parallel::product(d_band.view(), relative);
         d_q += &d_q_position;
         let mut d_relative = Array2::zeros(relative.raw_dim());
-        parallel_add_product(d_band.t(), (&q + &position).view(), d_relative.view_mut());
+        parallel::add_product(d_band.t(), (&q + &position).view(), d_relative.view_mut());
         BiasGradients { content, position: d_q_position.sum_axis(Axis(0)), relative: d_relative }
     });
     PieceGradients {

@@ -82,17 +82,13 @@ impl<T: Scalar> PackedRows<T> {
         let (level, width) = (self.level, self.width);
         let columns = x.axis_chunks_iter(Axis(1), width).into_par_iter();
         self.elements.par_chunks_mut(self.panel).zip(columns).for_each(|(panel, x)| {
-            if x.strides()[1] == 1 {
-                dispatch!(level, simd => set_rows(simd, x, panel, panel.len()));
-                return;
-            }
-            let x_t = x.reversed_axes();
+            let transposed = x.strides()[1] != 1;
             match width {
-                64 => transpose::<T, 64>(x_t, panel.as_chunks_mut().0),
-                32 => transpose::<T, 32>(x_t, panel.as_chunks_mut().0),
-                16 => transpose::<T, 16>(x_t, panel.as_chunks_mut().0),
-                8 => transpose::<T, 8>(x_t, panel.as_chunks_mut().0),
-                _ => dispatch!(level, simd => set_rows(simd, x_t.reversed_axes(), panel, panel.len())),
+                64 if transposed => transpose::<T, 64>(x.t(), panel.as_chunks_mut().0),
+                32 if transposed => transpose::<T, 32>(x.t(), panel.as_chunks_mut().0),
+                16 if transposed => transpose::<T, 16>(x.t(), panel.as_chunks_mut().0),
+                8 if transposed => transpose::<T, 8>(x.t(), panel.as_chunks_mut().0),
+                _ => dispatch!(level, simd => set_rows(simd, x, panel, panel.len())),
             }
         });
     }
