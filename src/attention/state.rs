@@ -5,6 +5,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 use super::CompressiveCache;
 use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
+use crate::ops::matmul::Later;
 use crate::{Error, Scalar};
 
 /// Position, compressive cache, and the last M keys and values of one head.
@@ -233,6 +234,20 @@ impl<T: Scalar> AttentionState<T> {
             self.table = LastTable(table);
         }
         true
+    }
+
+    /// What is read first of a state, and where what is read next begins: codes, counts, and a line of values and of means.
+    pub(super) fn first_reads(&self) -> [Later; 4] {
+        let line = |array: ArrayView2<'_, T>| {
+            let array = array.to_slice().expect("standard layout");
+            Later::new(&array[..array.len().min(1)])
+        };
+        [
+            Later::new(self.codes.as_slice().expect("standard layout")),
+            Later::new(self.cache.count().to_slice().expect("standard layout")),
+            line(self.v.view()),
+            line(self.cache.mean()),
+        ]
     }
 
     /// Codes of the window's keys by slot.

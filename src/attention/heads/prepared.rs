@@ -226,12 +226,16 @@ fn push_token<T: Scalar>(
     let score = |h: usize| score(inputs, table, &columns[h], h);
     let scores: Vec<_> = (0..n_key_heads).into_par_iter().map(score).collect();
     let mut outs = parts(&mut output.out).into_iter();
+    let first_reads: Vec<_> = states.iter().map(AttentionState::first_reads).collect();
     let tasks: Vec<_> =
         states.iter_mut().map(|state| (state, outs.by_ref().take(group).collect::<Vec<_>>())).collect();
     let results: Vec<_> = tasks
         .into_par_iter()
         .enumerate()
         .map(|(n, (state, outs))| {
+            if let Some(next) = first_reads.get(n + 1) {
+                next.iter().for_each(|memory| memory.ask());
+            }
             let (b, h) = (n / n_key_heads, n % n_key_heads);
             let HeadScores { rows, products, biases, codes } = &scores[h];
             let v = inputs.v.slice(s![b, h, 0, ..]);

@@ -24,7 +24,7 @@ mod weights;
 
 pub(crate) use packed::PackedRows;
 pub(crate) use prefetch::{
-    ask, ask_for_pages, ask_second_level, prefetch, prefetch_ahead, prefetch_first, prefetch_row,
+    Later, ask, ask_for_pages, ask_second_level, prefetch, prefetch_ahead, prefetch_first, prefetch_row,
 };
 pub(crate) use vector::vector_product;
 pub(crate) use weights::PackedWeights;

@@ -55,6 +55,26 @@ pub(crate) fn prefetch_first<T: Scalar>(rows: ArrayView2<'_, T>) {
     lines(rows.slice_move(s![..first.min(n), ..]), ask);
 }
 
+/// Memory to ask for at a time when what lies there may not be borrowed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Later {
+    address: usize,
+    bytes: usize,
+}
+
+impl Later {
+    pub fn new<T>(elements: &[T]) -> Self {
+        Later { address: elements.as_ptr().addr(), bytes: size_of_val(elements) }
+    }
+
+    /// Asks for all of it, into the second-level cache.
+    #[inline]
+    pub fn ask(self) {
+        let line = |at| ask_second_level(std::ptr::without_provenance(self.address.wrapping_add(at)));
+        (0..self.bytes).step_by(LINE).for_each(line);
+    }
+}
+
 /// What to do with each cache line of rows whose elements lie side by side.
 #[inline(always)]
 fn lines<T: Scalar>(rows: ArrayView2<'_, T>, ask: impl Fn(*const u8)) {

@@ -4,16 +4,17 @@
 //! (1) y[j] <- sum_p x[p] B[p][j]     or the sum of several such products
 //! ```
 //!
-//! Memory is what limits, so B is read in the order in which it lies, several rows side by side: a processor fetches ahead
-//! for each of them.
+//! Memory is what limits, so B is read in the order in which it lies. Long rows are read several side by side, since a processor
+//! fetches ahead for each of them; of short ones y stays in registers, and one after the other is read as one stretch of memory.
 //!
 //! ```text
 //! rows of B contiguous:     for 16 rows p:    for each vector of y:   load, 16 multiply-adds, store
+//! short rows:               for each row p:   for each vector of y:   a multiply-add
 //! columns contiguous:       for as many columns as a vector has numbers:   one vector of sums each, transposed and added up
 //! ```
 //!
-//! An element of y depends on its column alone: it has the same bits wherever columns are cut, so the number of threads may
-//! say where.
+//! An element of y is one sum in the order of p, or depends on its column alone: it has the same bits wherever columns are cut, so
+//! the number of threads may say where.
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
@@ -28,8 +29,8 @@ use crate::ops::transpose::{MOST_LANES, transpose_square};
 /// Bytes of B that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
 
-/// Bytes up to which the rows that are read next are brought into the first-level cache while these are read; more of them would
-/// not stay there, and come into the second. A processor does not fetch ahead across pages, and a row fills one in no time.
+/// Bytes of columns up to which those that are read next are asked for while these are read. A processor does not fetch ahead
+/// across pages.
 const NEAREST: usize = 1 << 13;
 
 /// Columns of a task are a multiple of this, so that vectors fall as they would without a cut.
@@ -92,7 +93,17 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
     if !add {
         y.fill(T::zero());
     }
-    let near = b_row.unsigned_abs() * size_of::<T>() * 16 <= NEAREST;
+    let lanes = T::Vector::<S>::LEN;
+    // SAFETY: y has as many vectors as are chosen, and no more.
+    unsafe {
+        match y.len() {
+            n if n == lanes => return add_short::<S, T, 1>(simd, x, b, b_row, y),
+            n if n == 2 * lanes => return add_short::<S, T, 2>(simd, x, b, b_row, y),
+            n if n == 4 * lanes => return add_short::<S, T, 4>(simd, x, b, b_row, y),
+            n if n == 8 * lanes => return add_short::<S, T, 8>(simd, x, b, b_row, y),
+            _ => {}
+        }
+    }
     let mut p = 0;
     while p < x.len() {
         let rows = if many_registers { (x.len() - p).min(16) } else { (x.len() - p).min(8) };
@@ -100,23 +111,51 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
         unsafe {
             let b = b.offset(p as isize * b_row);
             p += match rows {
-                16 if near => add_some::<S, T, 16, true>(simd, &x[p..], b, b_row, y),
-                16 => add_some::<S, T, 16, false>(simd, &x[p..], b, b_row, y),
-                8..16 if near => add_some::<S, T, 8, true>(simd, &x[p..], b, b_row, y),
-                8..16 => add_some::<S, T, 8, false>(simd, &x[p..], b, b_row, y),
-                4..8 => add_some::<S, T, 4, false>(simd, &x[p..], b, b_row, y),
-                _ => add_some::<S, T, 1, false>(simd, &x[p..], b, b_row, y),
+                16 => add_some::<S, T, 16>(simd, &x[p..], b, b_row, y),
+                8..16 => add_some::<S, T, 8>(simd, &x[p..], b, b_row, y),
+                4..8 => add_some::<S, T, 4>(simd, &x[p..], b, b_row, y),
+                _ => add_some::<S, T, 1>(simd, &x[p..], b, b_row, y),
             };
         }
     }
 }
 
-/// `y += x B` for the first R rows; returns R. Asks for the R rows after them, NEAR into the first-level cache.
+/// `y += x B` for rows of V vectors, whose sums stay in registers.
+///
+/// # Safety
+/// As [`add_rows`]; `y` must be V vectors long.
+#[inline(always)]
+unsafe fn add_short<S: Simd, T: Scalar, const V: usize>(
+    simd: S,
+    x: &[T],
+    b: *const T,
+    b_row: isize,
+    y: &mut [T],
+) {
+    let lanes = T::Vector::<S>::LEN;
+    let load = |numbers| T::Vector::<S>::from_slice(simd, numbers);
+    let mut sums: [T::Vector<S>; V] = std::array::from_fn(|j| load(&y[j * lanes..][..lanes]));
+    let mut row = b;
+    for &x in x {
+        let factor = T::Vector::<S>::splat(simd, x);
+        for (j, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: vector j of a row of b.
+            let b = load(unsafe { std::slice::from_raw_parts(row.add(j * lanes), lanes) });
+            *sum = factor.mul_add(b, *sum);
+        }
+        row = row.wrapping_offset(b_row);
+    }
+    for (y, sum) in y.chunks_exact_mut(lanes).zip(sums) {
+        sum.store_slice(y);
+    }
+}
+
+/// `y += x B` for the first R rows; returns R. Asks for the R rows after them.
 ///
 /// # Safety
 /// As [`add_rows`], for R rows.
 #[inline(always)]
-unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const NEAR: bool>(
+unsafe fn add_some<S: Simd, T: Scalar, const R: usize>(
     simd: S,
     x: &[T],
     b: *const T,
@@ -133,12 +172,7 @@ unsafe fn add_some<S: Simd, T: Scalar, const R: usize, const NEAR: bool>(
         let sums = &mut y[at..at + lanes];
         let mut sum = T::Vector::<S>::from_slice(simd, sums);
         for (&factor, row) in factors.iter().zip(&rows) {
-            let later = row.wrapping_offset(R as isize * b_row + at as isize).cast();
-            if NEAR {
-                ask(later)
-            } else {
-                ask_second_level(later)
-            }
+            ask_second_level(row.wrapping_offset(R as isize * b_row + at as isize).cast());
             // SAFETY: columns at .. at + lanes of one of R rows.
             let b =
                 unsafe { T::Vector::<S>::from_slice(simd, std::slice::from_raw_parts(row.add(at), lanes)) };

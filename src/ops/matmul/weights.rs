@@ -21,7 +21,7 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use super::prefetch::ask;
+use super::prefetch::ask_second_level;
 use super::tile::Operands;
 use super::vector::load_some;
 use crate::Scalar;
@@ -140,18 +140,20 @@ unsafe fn all_panels<S: Simd, T: Scalar>(
                 rounds(simd, at, (m, k), stored);
                 1
             } else {
-                let part = Part { k, stored, add: false, ahead: b, step: 0 };
+                let part =
+                    Part { k, stored, add: false, ahead: b.wrapping_add(NEAR / size_of::<T>()), step: width };
                 let (_, panels) = match (rows, together.min(stored.div_ceil(width))) {
-                    (8, _) => tile::<S, T, 8, 1, false>(simd, at, part, panel),
-                    (4, 2) => tile::<S, T, 4, 2, false>(simd, at, part, panel),
-                    (4, _) => tile::<S, T, 4, 1, false>(simd, at, part, panel),
-                    (2, 4) => tile::<S, T, 2, 4, false>(simd, at, part, panel),
-                    (2, 2..) => tile::<S, T, 2, 2, false>(simd, at, part, panel),
-                    (2, _) => tile::<S, T, 2, 1, false>(simd, at, part, panel),
-                    (_, 8) => tile::<S, T, 1, 8, false>(simd, at, part, panel),
-                    (_, 4..) => tile::<S, T, 1, 4, false>(simd, at, part, panel),
-                    (_, 2..) => tile::<S, T, 1, 2, false>(simd, at, part, panel),
-                    _ => tile::<S, T, 1, 1, false>(simd, at, part, panel),
+                    // Many rows leave no registers for a second panel: hints make up for what it would ask for.
+                    (8, _) => tile::<S, T, 8, 1, 2>(simd, at, part, panel),
+                    (4, 2) => tile::<S, T, 4, 2, 0>(simd, at, part, panel),
+                    (4, _) => tile::<S, T, 4, 1, 0>(simd, at, part, panel),
+                    (2, 4) => tile::<S, T, 2, 4, 0>(simd, at, part, panel),
+                    (2, 2..) => tile::<S, T, 2, 2, 0>(simd, at, part, panel),
+                    (2, _) => tile::<S, T, 2, 1, 0>(simd, at, part, panel),
+                    (_, 8) => tile::<S, T, 1, 8, 0>(simd, at, part, panel),
+                    (_, 4..) => tile::<S, T, 1, 4, 0>(simd, at, part, panel),
+                    (_, 2..) => tile::<S, T, 1, 2, 0>(simd, at, part, panel),
+                    _ => tile::<S, T, 1, 1, 0>(simd, at, part, panel),
                 };
                 panels
             }
@@ -198,10 +200,10 @@ unsafe fn rounds<S: Simd, T: Scalar>(simd: S, operands: Operands<T>, (m, k): (us
                     ..operands
                 };
                 let (rows, _) = match rows_of_tile(simd, m - i).0 {
-                    8 => tile::<S, T, 8, 1, true>(simd, at, part, 0),
-                    4 => tile::<S, T, 4, 1, true>(simd, at, part, 0),
-                    2 => tile::<S, T, 2, 1, true>(simd, at, part, 0),
-                    _ => tile::<S, T, 1, 1, true>(simd, at, part, 0),
+                    8 => tile::<S, T, 8, 1, 1>(simd, at, part, 0),
+                    4 => tile::<S, T, 4, 1, 1>(simd, at, part, 0),
+                    2 => tile::<S, T, 2, 1, 1>(simd, at, part, 0),
+                    _ => tile::<S, T, 1, 1, 1>(simd, at, part, 0),
                 };
                 rows
             };
@@ -224,12 +226,12 @@ struct Part<T> {
     step: usize,
 }
 
-/// R rows of C in the columns of G panels; returns R and G. Asks for what comes next if AHEAD.
+/// R rows of C in the columns of G panels; returns R and G. Asks for AHEAD lines of what comes next at each row of B.
 ///
 /// # Safety
 /// As [`all_panels`], for m = R and G panels.
 #[inline(always)]
-unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: bool>(
+unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: usize>(
     simd: S,
     at: Operands<T>,
     part: Part<T>,
@@ -265,10 +267,10 @@ unsafe fn tile<S: Simd, T: Scalar, const R: usize, const G: usize, const AHEAD: 
         for _ in 0..part.k {
             let factors: [_; R] =
                 std::array::from_fn(|i| T::Vector::<S>::splat(simd, *a.offset(i as isize * at.a_row)));
-            if AHEAD {
-                ask(ahead.cast());
-                ahead = ahead.wrapping_add(part.step);
+            for line in 0..AHEAD {
+                ask_second_level(ahead.cast::<u8>().wrapping_add(line * LINE));
             }
+            ahead = ahead.wrapping_add(part.step);
             for (g, sums) in sums.iter_mut().enumerate() {
                 let row: [_; VECTORS] = std::array::from_fn(|j| load(b.add(g * panel + j * lanes)));
                 for (sums, &factor) in sums.iter_mut().zip(&factors) {
