@@ -7,8 +7,9 @@
 //!     for some rows of A and C:  for each panel:  tiles
 //! ```
 //!
-//! Both inner loops are shared. A library called for some rows would pack B for each call; here it is packed once. A transposed A (of a weight's gradient) is copied a few columns at a time: its lines lie so far apart that
-//! they would fall on few sets of a cache.
+//! Both inner loops are shared. A library called for some rows would pack B for each call; here it is packed once. A transposed A
+//! (of a weight's gradient) is copied a few columns at a time: its lines lie so far apart that they would fall on few sets of a
+//! cache.
 //!
 //! An element of C is the sum, in order, of sums over so many p each, wherever the cuts fall: those of B and of A's columns fall
 //! where such a sum ends.

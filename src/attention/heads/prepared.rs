@@ -233,6 +233,7 @@ fn push_token<T: Scalar>(
         .into_par_iter()
         .enumerate()
         .map(|(n, (state, outs))| {
+            // A thread takes states in turn: it asks for the next while it reads this one.
             if let Some(next) = first_reads.get(n + 1) {
                 next.iter().for_each(|memory| memory.ask());
             }

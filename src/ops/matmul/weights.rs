@@ -33,7 +33,7 @@ const VECTORS: usize = 2;
 /// Bytes of panels that one task reads at least: below, handing it to another thread costs more than it saves.
 const BYTES_PER_TASK: usize = 1 << 16;
 
-/// Bytes of a panel that meet all rows while they are in a first-level cache.
+/// Bytes of a panel that meet all rows while they are in a first-level cache, and how far ahead a panel is asked for.
 const NEAR: usize = 1 << 13;
 
 /// A matrix [k, n] in panels.
