@@ -83,8 +83,8 @@ impl Problem {
     fn quadratic(&self, k: &Array4<f32>) -> Result<[Array2<f32>; 4], Error> {
         let [q, k, v, d_out] = [&self.q, k, &self.v, &self.d_out].map(|x| x.slice(s![0, 0, .., ..]));
         let (out, lse) = quadratic::forward(q, k, v)?;
-        let (d_q, d_k, d_v) = quadratic::backward(q, k, v, out.view(), lse.view(), d_out)?;
-        Ok([out, d_q, d_k, d_v])
+        let d = quadratic::backward(q, k, v, out.view(), lse.view(), d_out)?;
+        Ok([out, d.q, d.k, d.v])
     }
 
     fn quadratic_forward(&self) -> Result<Array2<f32>, Error> {

@@ -60,7 +60,7 @@ fn quadratic_error(documents: bool) -> f64 {
         };
         let (out, lse) = forward(q.view(), k.view(), v.view());
         let of_forward = (out.view(), lse.view());
-        let (d_q, d_k, d_v) = quadratic::backward_documents(
+        let got = quadratic::backward_documents(
             (q.view(), k.view(), v.view()),
             starts.view(),
             of_forward,
@@ -74,7 +74,7 @@ fn quadratic_error(documents: bool) -> f64 {
             finite_difference(|k| loss(q.view(), k, v.view()), &k, STEP),
             finite_difference(|v| loss(q.view(), k.view(), v), &v, STEP),
         ];
-        let got = [d_q, d_k, d_v];
+        let got = [got.q, got.k, got.v];
         got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)).fold(0.0, f64::max)
     });
     errors.into_iter().fold(0.0, f64::max)

@@ -120,8 +120,8 @@ impl Attention {
                     let (q, k, v) = inputs.sequence(&tokens);
                     let (out, lse) = (out.slice(s![tokens.clone(), ..]), lse.slice(s![tokens.clone()]));
                     let d_out = d_out.slice(s![tokens.clone(), ..]);
-                    let (d_q, d_k, d_v) = quadratic::backward(q, k, v, out, lse, d_out)?;
-                    d.assign(&tokens, [d_q, d_k, d_v]);
+                    let of_sequence = quadratic::backward(q, k, v, out, lse, d_out)?;
+                    d.assign(&tokens, [of_sequence.q, of_sequence.k, of_sequence.v]);
                 }
             }
             (_, Saved::Linear(y)) => {

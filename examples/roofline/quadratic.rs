@@ -1,7 +1,6 @@
 //! The fair competitor: exact attention without a codebook, and the speed-up over it.
 //!
-//! Heads run at once, and each of them on all threads. Results come fresh from the system with each call, as its functions
-//! return them; beside T^2 operations that is little.
+//! Heads run at once, and each of them on all threads. Results go to memory that stays, as those of attention over codes do.
 
 use std::hint::black_box;
 
@@ -20,12 +19,17 @@ const LONGEST: usize = 32_768;
 /// Tokens whose results are compared with a plain softmax.
 const CHECKED: usize = 300;
 
-type Outputs = Vec<(Array2<f32>, Array1<f32>)>;
+/// Results of one head, in memory that stays.
+#[derive(Default)]
+struct Kept {
+    out: Array2<f32>,
+    lse: Array1<f32>,
+    gradients: quadratic::Gradients<f32>,
+}
 
 /// A problem's keys as they are.
 struct Exact<'a> {
     problem: &'a Problem,
-    heads: usize,
 }
 
 impl<'a> Exact<'a> {
@@ -35,21 +39,23 @@ impl<'a> Exact<'a> {
         [q, k, v, d_out].map(|x| x.slice(s![0, n, .., ..]))
     }
 
-    fn forward(&self) -> Result<Outputs> {
-        let heads = (0..self.heads).into_par_iter().map(|n| {
+    /// Into one of `kept` per head.
+    fn forward(&self, kept: &mut [Kept]) -> Result {
+        let heads = kept.par_iter_mut().enumerate();
+        heads.try_for_each(|(n, Kept { out, lse, .. })| {
             let [q, k, v, _] = self.head(n);
-            quadratic::forward(q, k, v)
-        });
-        Ok(heads.collect::<std::result::Result<_, _>>()?)
+            quadratic::forward_into(q, k, v, out, lse)
+        })?;
+        Ok(())
     }
 
-    fn forward_backward(&self) -> Result {
-        let outputs = self.forward()?;
-        let gradients = outputs.par_iter().enumerate().map(|(n, (out, lse))| {
+    fn forward_backward(&self, kept: &mut [Kept]) -> Result {
+        self.forward(kept)?;
+        let heads = kept.par_iter_mut().enumerate();
+        heads.try_for_each(|(n, Kept { out, lse, gradients })| {
             let [q, k, v, d_out] = self.head(n);
-            quadratic::backward(q, k, v, out.view(), lse.view(), d_out)
-        });
-        black_box(gradients.collect::<std::result::Result<Vec<_>, _>>()?);
+            quadratic::backward_into(q, k, v, (out.view(), lse.view()), d_out, gradients)
+        })?;
         Ok(())
     }
 
@@ -89,16 +95,15 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
     for shape in run.shapes.iter().filter(|shape| run.one_shape || shape.compared) {
         for &t in run.lengths.iter().filter(|&&t| t <= LONGEST || run.length.is_some()) {
             let problem = Problem::new(shape, t, run.biases)?;
-            let exact = Exact { problem: &problem, heads: shape.heads };
+            let exact = Exact { problem: &problem };
+            let mut kept: Vec<_> = (0..shape.heads).map(|_| Kept::default()).collect();
             exact.check()?;
             let mut buffers = Buffers::default();
             let operations = [shape.quadratic_operations(t), shape.operations(t, run.biases)];
             let forward = compare(
                 run,
                 operations,
-                &mut || {
-                    black_box(exact.forward().expect("checked before"));
-                },
+                &mut || exact.forward(&mut kept).expect("checked before"),
                 &mut || {
                     black_box(problem.forward(&mut buffers).expect("checked before"));
                 },
@@ -106,7 +111,7 @@ pub fn table(run: &Run<'_>, report: &mut Report) -> Result {
             let both = compare(
                 run,
                 operations.map(|operations| 3.0 * operations),
-                &mut || exact.forward_backward().expect("checked before"),
+                &mut || exact.forward_backward(&mut kept).expect("checked before"),
                 &mut || problem.forward_backward(&mut buffers).expect("checked before"),
             );
             let mut cells = vec![shape.name.to_string(), t.to_string()];

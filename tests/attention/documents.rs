@@ -156,8 +156,8 @@ fn quadratic_attention_meets_each_document_alone() {
             let (one, numbers) = quadratic::forward(q, k, v).unwrap();
             assert_eq!((out.slice(rows), lse.slice(s![tokens])), (one.view(), numbers.view()));
             let one = quadratic::backward(q, k, v, one.view(), numbers.view(), d_out.slice(rows)).unwrap();
-            let got = (d.0.slice(rows), d.1.slice(rows), d.2.slice(rows));
-            assert_eq!(got, (one.0.view(), one.1.view(), one.2.view()));
+            let got = (d.q.slice(rows), d.k.slice(rows), d.v.slice(rows));
+            assert_eq!(got, (one.q.view(), one.k.view(), one.v.view()));
         }
     }
 }

@@ -42,9 +42,9 @@ impl Problem {
     fn quadratic<T: Scalar>(&self) -> Computed<T> {
         let [q, k, v, d_out] = [&self.q, &self.k, &self.v, &self.d_out].map(|x| x.mapv(T::from_f64));
         let (out, lse) = quadratic::forward(q.view(), k.view(), v.view()).unwrap();
-        let (d_q, d_k, d_v) =
+        let d =
             quadratic::backward(q.view(), k.view(), v.view(), out.view(), lse.view(), d_out.view()).unwrap();
-        Computed { out, lse, gradients: [d_q, d_k, d_v] }
+        Computed { out, lse, gradients: [d.q, d.k, d.v] }
     }
 
     /// The definition with codes 0..T and the keys as codewords.
@@ -152,10 +152,34 @@ fn widths_need_not_be_positive_and_strides_do_not_matter() {
     let (out, lse) = quadratic::forward(q, k, v).unwrap();
     assert_eq!(quadratic::forward(q_own, k_own, v_own).unwrap(), (out.clone(), lse.clone()));
     let (out, lse) = (out.view(), lse.view());
-    assert_eq!(
-        quadratic::backward(q, k, v, out, lse, d_out).unwrap(),
-        quadratic::backward(q_own, k_own, v_own, out, lse, d_out_own).unwrap()
-    );
+    let d = quadratic::backward(q, k, v, out, lse, d_out).unwrap();
+    let d_own = quadratic::backward(q_own, k_own, v_own, out, lse, d_out_own).unwrap();
+    assert_eq!((d.q, d.k, d.v), (d_own.q, d_own.k, d_own.v));
+}
+
+#[test]
+fn what_kept_arrays_hold_does_not_matter() {
+    let mut d = quadratic::Gradients::default();
+    let (mut out, mut lse) = (Array2::from_elem((1100, 6), f64::NAN).reversed_axes(), Array1::zeros(3));
+    // Lengths of two segments of keys, of one, and of two again; widths that come and go.
+    for (t, d_k, d_v) in [(2100, 5, 3), (2100, 5, 3), (90, 4, 6), (2100, 5, 3)] {
+        let Problem { q, k, v, d_out } = Problem::new(t, d_k, d_v);
+        let (q, k, v, d_out) = (q.view(), k.view(), v.view(), d_out.view());
+        quadratic::forward_into(q, k, v, &mut out, &mut lse).unwrap();
+        assert_eq!((out.clone(), lse.clone()), quadratic::forward(q, k, v).unwrap());
+        quadratic::backward_into(q, k, v, (out.view(), lse.view()), d_out, &mut d).unwrap();
+        let fresh = quadratic::backward(q, k, v, out.view(), lse.view(), d_out).unwrap();
+        assert_eq!((&d.q, &d.k, &d.v), (&fresh.q, &fresh.k, &fresh.v));
+        let short = q.slice(s![1.., ..]);
+        let before = (out.clone(), d.q.clone());
+        quadratic::forward_into(short, k, v, &mut out, &mut lse).unwrap_err();
+        quadratic::backward_into(short, k, v, (out.view(), lse.view()), d_out, &mut d).unwrap_err();
+        assert_eq!((&out, &d.q), (&before.0, &before.1));
+        d.q.fill(f64::NAN);
+        d.k.fill(f64::NAN);
+        d.v.fill(f64::NAN);
+        out.fill(f64::NAN);
+    }
 }
 
 #[test]

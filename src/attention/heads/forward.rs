@@ -37,7 +37,8 @@ pub(super) fn run<T: Scalar>(
     });
     // All query heads of a group start from their key head's state. The first of them moves it, the others move copies.
     let group = inputs.group();
-    let mut copies: Vec<_> = states.iter().flat_map(|state| vec![state.clone(); group - 1]).collect();
+    let mut copies: Vec<_> =
+        states.iter().flat_map(|state| std::iter::repeat_n(state, group - 1)).cloned().collect();
     let mut copies = copies.iter_mut();
     let mut in_order = Vec::with_capacity(b * h);
     for state in states.iter_mut() {

@@ -33,6 +33,31 @@ pub(super) struct Given<'a, T> {
     pub delta: &'a [T],
 }
 
+/// The sums of d_q of each segment, which a caller may keep for the next call: what they hold does not matter.
+#[derive(Debug, Clone)]
+pub(super) struct Sums<T>(Vec<Array2<T>>);
+
+impl<T> Default for Sums<T> {
+    fn default() -> Self {
+        Sums(vec![])
+    }
+}
+
+impl<T: Scalar> Sums<T> {
+    /// Zeros, one array for each of these shapes.
+    fn zeros(&mut self, shapes: impl ExactSizeIterator<Item = (usize, usize)>) -> &mut [Array2<T>] {
+        self.0.resize_with(shapes.len(), || Array2::zeros((0, 0)));
+        for (sum, shape) in self.0.iter_mut().zip(shapes) {
+            if sum.dim() == shape {
+                sum.fill(T::zero());
+            } else {
+                *sum = Array2::zeros(shape);
+            }
+        }
+        &mut self.0
+    }
+}
+
 /// Gradients of checked inputs, of all keys and values, those before the first query too; what the buffers hold does not matter.
 /// Returns those of the biases [T, M+1].
 pub(super) fn run<T: Scalar>(
@@ -40,34 +65,37 @@ pub(super) fn run<T: Scalar>(
     mut d_q: ArrayViewMut2<'_, T>,
     mut d_k: ArrayViewMut2<'_, T>,
     mut d_v: ArrayViewMut2<'_, T>,
+    sums: &mut Sums<T>,
 ) -> Option<Array2<T>> {
     let (t, width) = given.forward.q.dim();
     let past = given.forward.past();
+    let segments = segments(past + t);
+    let first_query = |keys: &Range<usize>| keys.start.saturating_sub(past);
+    let sums = sums.zeros(segments.iter().map(|keys| (t - first_query(keys), width)));
     let mut tasks = vec![];
     let (mut k_rest, mut v_rest) = (d_k.view_mut(), d_v.view_mut());
-    for keys in segments(past + t) {
+    for (keys, sum) in segments.into_iter().zip(&mut *sums) {
         let (k, later_k) = k_rest.split_at(Axis(0), keys.len());
         let (v, later_v) = v_rest.split_at(Axis(0), keys.len());
-        tasks.push((keys, k, v));
+        tasks.push((keys, sum, k, v));
         (k_rest, v_rest) = (later_k, later_v);
     }
-    let run = |(keys, d_k, d_v): (Range<usize>, _, _)| {
-        let first = keys.start.saturating_sub(past);
-        let mut d_q = Array2::zeros((t - first, width));
+    let run = |(keys, d_q, d_k, d_v): (Range<usize>, &mut Array2<T>, _, _)| {
+        let first = first_query(&keys);
         // Those that see the segment's last key at a distance with a bias, and all before them.
         let mut d_biases = given.forward.biases.map(|biases| {
             let end = t.min((keys.end + biases.ncols() - 1).saturating_sub(past));
             Array2::zeros((end.saturating_sub(first), biases.ncols()))
         });
         run_segment(given, keys, d_q.view_mut(), d_biases.as_mut(), d_k, d_v);
-        (first, d_q, d_biases)
+        (first, d_biases)
     };
-    let sums: Vec<_> = tasks.into_par_iter().with_max_len(1).map(run).collect();
+    let done: Vec<_> = tasks.into_par_iter().with_max_len(1).map(run).collect();
     d_q.fill(T::zero());
     let mut d_biases = given.forward.biases.map(|biases| Array2::zeros(biases.raw_dim()));
-    for (first, sum, of_biases) in sums {
+    for ((first, of_biases), sum) in done.into_iter().zip(sums) {
         let mut d_q = d_q.slice_mut(s![first.., ..]);
-        d_q += &sum;
+        d_q += &*sum;
         if let (Some(d_biases), Some(sum)) = (&mut d_biases, of_biases) {
             let mut d_biases = d_biases.slice_mut(s![first..first + sum.nrows(), ..]);
             d_biases += &sum;

@@ -72,17 +72,18 @@ pub fn backward_documents<T: Scalar>(
     let d_out = checked_given(v, out, lse, d_out)?;
     let d_out = d_out.view();
     let Some(documents) = documents(Some(starts)) else { return backward(q, k, v, out, lse, d_out) };
-    let mut d = (Array2::zeros(q.raw_dim()), Array2::zeros(k.raw_dim()), Array2::zeros(v.raw_dim()));
-    let rows = [&mut d.0, &mut d.1, &mut d.2].map(|array| cut(&documents, array.view_mut()));
+    let mut d = Gradients::default();
+    d.fit(q.dim(), v.dim());
+    let rows = [&mut d.q, &mut d.k, &mut d.v].map(|array| cut(&documents, array.view_mut()));
     let [d_q, d_k, d_v] = rows;
     let tasks: Vec<_> = documents.iter().cloned().zip(d_q.into_iter().zip(d_k).zip(d_v)).collect();
     tasks.into_par_iter().try_for_each(|(document, ((mut d_q, mut d_k), mut d_v))| {
         let [q, k, v, out, d_out] = [q, k, v, out, d_out].map(|x| x.slice_move(s![document.clone(), ..]));
         let lse = lse.slice(s![document]);
         let of_document = backward(q, k, v, out, lse, d_out)?;
-        d_q.assign(&of_document.0);
-        d_k.assign(&of_document.1);
-        d_v.assign(&of_document.2);
+        d_q.assign(&of_document.q);
+        d_k.assign(&of_document.k);
+        d_v.assign(&of_document.v);
         Ok(())
     })?;
     Ok(d)

@@ -273,7 +273,8 @@ pub(crate) fn attend_backward_unchecked<T: Scalar>(
     let of_band = band.as_ref().map(|band| band.view());
     let forward = forward::Given { q: q_content.view(), k: all.keys(), v: all.values(), biases: of_band };
     let given = backward::Given { forward, d_out: d_out.view(), lse: &lse, delta: &delta };
-    let d_band = backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut());
+    let d_band =
+        backward::run(&given, d_q.view_mut(), d_k.view_mut(), d_v.view_mut(), &mut backward::Sums::default());
     let past = s![all.len - q.nrows().., ..];
     let d_biases = biases.zip(d_band).map(|(Biases { position, relative, .. }, d_band)| {
         let content = d_q.sum_axis(Axis(0));
