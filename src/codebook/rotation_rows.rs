@@ -6,9 +6,9 @@ use fearless_simd::{Simd, SimdBase, SimdFloat};
 
 use super::rotation::{Rotation, RotationScale, RotationVariant};
 use crate::Scalar;
+use crate::ops::aligned::LINE;
 use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
 use crate::ops::rows::{SUMS, sum_of_lanes};
-use crate::ops::simd::LINE;
 use crate::ops::transpose::MOST_LANES;
 
 /// Below this s a rotation gives way to a reflection.

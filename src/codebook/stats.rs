@@ -26,9 +26,10 @@ use rayon::prelude::*;
 use super::{check_codes, check_mask};
 use crate::compiled::compiled_here;
 use crate::error::{check_shape, checked_len};
+use crate::ops::aligned::LINE;
 use crate::ops::finite::{all_finite, check_finite};
 use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
-use crate::ops::simd::{LINE, on_narrow_simd};
+use crate::ops::simd::on_narrow_simd;
 use crate::{Error, Scalar};
 
 /// Keys of a stretch, at least: so many per code that adding up the sums of stretches costs little, and no few.

@@ -6,10 +6,10 @@
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ndarray::{Array, Array2, Array4, Dimension};
+use ndarray::{Array, Array1, Array2, Array4, Dimension, s};
 
 use super::NormParameters;
-use crate::ops::{linear, rms_norm};
+use crate::ops::{aligned, linear, rms_norm};
 use crate::{Error, Scalar};
 
 /// Smaller arrays are left to the allocator, which keeps their pages itself.
@@ -27,7 +27,7 @@ struct Kept<T> {
     /// Passes begun.
     pass: u64,
     /// The last pass that used each, in the order in which they were given back.
-    arrays: Vec<(u64, Vec<T>)>,
+    arrays: Vec<(u64, Array1<T>)>,
 }
 
 impl<T> Buffers<T> {
@@ -42,8 +42,12 @@ impl<T> Buffers<T> {
     /// Takes back an array that came from here.
     pub fn give<D: Dimension>(&self, array: Array<T, D>) {
         let len = array.len();
-        let (array, _) = array.into_raw_vec_and_offset();
-        if is_large::<T>(len) && array.len() == len {
+        let (numbers, first) = array.into_raw_vec_and_offset();
+        if let Some(first) = first
+            && is_large::<T>(len)
+            && numbers.len() <= len + aligned::unused::<T>()
+        {
+            let array = Array1::from_vec(numbers).slice_move(s![first..first + len]);
             let mut kept = self.lock();
             let pass = kept.pass;
             kept.arrays.push((pass, array));
@@ -56,7 +60,7 @@ impl<T> Buffers<T> {
     }
 
     /// The latest of this length, whose end may still be in a cache.
-    fn find(&self, len: usize) -> Option<Vec<T>> {
+    fn find(&self, len: usize) -> Option<Array1<T>> {
         let arrays = &mut self.lock().arrays;
         let latest = arrays.iter().rposition(|(_, array)| array.len() == len)?;
         Some(arrays.remove(latest).1)
@@ -79,8 +83,8 @@ impl<T: Scalar> Buffers<T> {
         let len = shape.0 * shape.1;
         let found = if is_large::<T>(len) { self.find(len) } else { None };
         match found {
-            Some(array) => Array2::from_shape_vec(shape, array).expect("of this length"),
-            None => Array2::zeros(shape),
+            Some(array) => array.into_shape_with_order(shape).expect("of this length"),
+            None => aligned::array(shape),
         }
     }
 

@@ -10,6 +10,7 @@
 //! Work on many rows is shared among the threads of the current rayon pool. It is cut by shape alone and summed in a fixed
 //! order, so that the result has the same bits for any number of threads; few rows stay on the calling thread.
 
+pub mod aligned;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;

@@ -17,8 +17,8 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use super::aligned::LINE;
 use super::matmul::{self, PackedRows};
-use super::simd::LINE;
 use crate::Scalar;
 use crate::ops::triangle::Triangle;
 

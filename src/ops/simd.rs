@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use fearless_simd::{Level, Simd};
 
+use super::aligned::Aligned;
 use crate::Scalar;
 
 /// Runs an expression compiled for AVX-512, AVX2, NEON or the plain target, whichever the processor has.
@@ -83,42 +84,6 @@ pub(crate) const LANES: usize = 64;
 
 /// A row of lanes.
 pub(crate) type Row<T> = [T; LANES];
-
-/// Bytes of a cache line.
-pub(crate) const LINE: usize = 64;
-
-/// Numbers that begin on a cache line: a load that lies on two lines costs two.
-#[derive(Debug)]
-pub(crate) struct Aligned<T> {
-    elements: Vec<T>,
-    first: usize,
-    len: usize,
-}
-
-impl<T: Scalar> Aligned<T> {
-    /// So many zeros.
-    pub fn zeros(len: usize) -> Self {
-        let line = LINE / size_of::<T>();
-        let elements = vec![T::zero(); len + line];
-        // Where no offset is to be had, the wrong one costs time only.
-        let first = elements.as_ptr().align_offset(LINE).min(line);
-        Aligned { elements, first, len }
-    }
-}
-
-impl<T> Deref for Aligned<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        &self.elements[self.first..][..self.len]
-    }
-}
-
-impl<T> DerefMut for Aligned<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.elements[self.first..][..self.len]
-    }
-}
 
 /// Rows of lanes, each of which begins on a cache line.
 #[derive(Debug)]

@@ -27,6 +27,7 @@ use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, Codebook, Estimator};
 use crate::compiled::compiled_here;
 use crate::error::{check_memory, check_shape};
+use crate::ops::aligned;
 use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
@@ -378,7 +379,7 @@ impl<T: Scalar> BatchSaved<T> {
 pub(super) fn fit<T: Scalar>(array: &mut Array4<T>, (b, h, t): (usize, usize, usize), width: usize) {
     let in_order = array.view().permuted_axes([0, 2, 1, 3]).is_standard_layout();
     if array.dim() != (b, h, t, width) || !in_order {
-        *array = Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3]);
+        *array = aligned::array((b, t, h, width)).permuted_axes([0, 2, 1, 3]);
     }
 }
 

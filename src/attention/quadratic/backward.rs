@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::forward::{self, band};
 use crate::Scalar;
 use crate::attention::tile::{view, view_mut};
+use crate::ops::aligned;
 use crate::ops::matmul::{PackedRows, add_product, product};
 use crate::ops::simd::{LANES, Row, Rows, fused, on_best_simd};
 use crate::ops::transpose::transpose;
@@ -51,7 +52,7 @@ impl<T: Scalar> Sums<T> {
             if sum.dim() == shape {
                 sum.fill(T::zero());
             } else {
-                *sum = Array2::zeros(shape);
+                *sum = aligned::array(shape);
             }
         }
         &mut self.0

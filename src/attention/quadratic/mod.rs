@@ -34,6 +34,7 @@ use rayon::prelude::*;
 
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
+use crate::ops::aligned;
 use crate::ops::finite::{all_finite, check_finite};
 use crate::ops::matmul::prefetch_ahead;
 use crate::ops::rows;
@@ -151,7 +152,7 @@ impl<T: Scalar> Gradients<T> {
 /// Makes `array` one of this shape in standard layout; kept if it is one.
 fn fit<T: Scalar, D: Dimension>(array: &mut Array<T, D>, shape: D) {
     if array.raw_dim() != shape || !array.is_standard_layout() {
-        *array = Array::zeros(shape);
+        *array = aligned::array(shape);
     }
 }
 
@@ -277,7 +278,7 @@ fn contiguous<T: Scalar>(rows: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
     if rows.is_standard_layout() {
         return rows.into();
     }
-    let mut copy = Array2::zeros(rows.raw_dim());
+    let mut copy = aligned::array(rows.raw_dim());
     rows::map(rows.dim(), [rows], [&mut copy], |i, [row], [copy]| {
         prefetch_ahead(rows, i);
         copy.copy_from_slice(row);

@@ -11,6 +11,7 @@ use crate::attention::{BatchBiasGradients, BatchGradients, BatchInputs, BatchOut
 use crate::codebook::CodeStats;
 use crate::model::UnitState;
 use crate::model::buffers::Buffers;
+use crate::ops::aligned;
 
 /// What backward needs of forward.
 #[derive(Debug, Clone)]
@@ -113,7 +114,7 @@ fn biases_of<'a, T: Scalar>(inputs: &'a BatchInputs<'_, T>, h: usize, group: usi
 
 /// [B, H, T, width] of zeros, laid out token by token.
 fn by_token<T: Scalar>((b, h, t): (usize, usize, usize), width: usize) -> Array4<T> {
-    Array4::zeros((b, t, h, width)).permuted_axes([0, 2, 1, 3])
+    aligned::array((b, t, h, width)).permuted_axes([0, 2, 1, 3])
 }
 
 /// Exact attention of all heads: outputs [B, H, T, V] and lse [B, H, T].

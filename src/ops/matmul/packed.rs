@@ -14,7 +14,8 @@ use rayon::prelude::*;
 use super::prefetch::prefetch_ahead;
 use super::tile::{Operands, Rows, all_rows, depth, width};
 use crate::Scalar;
-use crate::ops::simd::{Aligned, LINE, level};
+use crate::ops::aligned::{Aligned, LINE};
+use crate::ops::simd::level;
 use crate::ops::transpose::transpose;
 use crate::ops::triangle::Triangle;
 

@@ -6,7 +6,7 @@
 use ndarray::{ArrayView1, ArrayView2, Axis, s};
 
 use crate::Scalar;
-use crate::ops::simd::LINE;
+use crate::ops::aligned::LINE;
 
 /// Bytes of a page of memory, or of a part of one.
 const PAGE: usize = 4096;

@@ -25,7 +25,8 @@ use super::prefetch::ask_second_level;
 use super::tile::Operands;
 use super::vector::load_some;
 use crate::Scalar;
-use crate::ops::simd::{Aligned, LINE, level};
+use crate::ops::aligned::{Aligned, LINE};
+use crate::ops::simd::level;
 
 /// Vectors of a panel's row.
 const VECTORS: usize = 2;
