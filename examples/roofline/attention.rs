@@ -8,6 +8,7 @@ use transformer_vq::attention::{
 use transformer_vq::check::relative_rms;
 use transformer_vq::codebook::{Codebook, Ema, Estimator};
 use transformer_vq::ndarray::{Array2, Array3, Array4, Axis, s};
+use transformer_vq::ops::aligned;
 
 use crate::report::Report;
 use crate::shapes::{Normal, Shape};
@@ -31,8 +32,12 @@ impl Problem {
         // Queries and keys as a unit of the model has them: of RMS 1, times K^(-1/4).
         let scale = (d_k as f32).powf(-0.25);
         let codewords = normal.array((heads, n_codes, d_k), scale);
-        let mut array = |width, scale| normal.array((1, t, heads, width), scale).permuted_axes([0, 2, 1, 3]);
-        let (q, k, v, d_out) = (array(d_k, scale), array(d_k, scale), array(d_v, 1.0), array(d_v, 1.0));
+        let mut array = |width, scale| -> Result<Array4<f32>> {
+            let mut array = aligned::zeros((1, t, heads, width))?;
+            normal.fill(array.view_mut(), scale);
+            Ok(array.permuted_axes([0, 2, 1, 3]))
+        };
+        let (q, k, v, d_out) = (array(d_k, scale)?, array(d_k, scale)?, array(d_v, 1.0)?, array(d_v, 1.0)?);
         let rows = [1, 1, block_len + 1];
         let biases = biases.then(|| rows.map(|n| normal.array((heads, n, d_k), 0.1)));
         let codebook = Codebook::ema(Ema::from_codewords(codewords, 0.99)?);

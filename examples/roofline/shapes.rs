@@ -4,7 +4,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::ModelConfig;
-use transformer_vq::ndarray::{Array, Dimension, ShapeBuilder};
+use transformer_vq::ndarray::{Array, ArrayViewMut, Dimension, ShapeBuilder};
 
 /// Heads and sizes.
 #[derive(Debug)]
@@ -122,14 +122,14 @@ impl Normal {
     }
 
     pub fn array<D: Dimension, Sh: ShapeBuilder<Dim = D>>(&mut self, shape: Sh, scale: f32) -> Array<f32, D> {
-        let shape = shape.into_shape_with_order();
-        let numbers: Vec<f32> = (0..shape.size().min(1_000_003)).map(|_| scale * self.number()).collect();
-        let mut i = 0;
-        Array::from_shape_simple_fn(shape, || {
-            let number = numbers[i];
-            i = if i + 1 < numbers.len() { i + 1 } else { 0 };
-            number
-        })
+        let mut array = Array::zeros(shape);
+        self.fill(array.view_mut(), scale);
+        array
+    }
+
+    pub fn fill<D: Dimension>(&mut self, mut array: ArrayViewMut<'_, f32, D>, scale: f32) {
+        let numbers: Vec<f32> = (0..array.len().min(1_000_003)).map(|_| scale * self.number()).collect();
+        array.iter_mut().zip(numbers.iter().cycle()).for_each(|(x, &number)| *x = number);
     }
 
     fn number(&mut self) -> f32 {

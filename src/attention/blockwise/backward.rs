@@ -13,6 +13,7 @@ use crate::attention::documents;
 use crate::attention::kernels::add_to;
 use crate::attention::tile::{ScoreGradients, Scores, view, view_mut};
 use crate::attention::{BiasGradients, CompressiveCache, Inputs, VqAttention};
+use crate::ops::aligned;
 use crate::ops::finite::all_finite;
 use crate::ops::matmul::{PackedRows, add_product, prefetch, product};
 use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
@@ -155,13 +156,13 @@ impl<T: Scalar> SegmentGradients<T> {
         SegmentGradients {
             k_hat_before: Array2::zeros((0, k)),
             v_before: Array2::zeros((0, v)),
-            codewords: Array2::zeros((if piece.reads_cache { n_codes } else { 0 }, k)),
+            codewords: aligned::array((if piece.reads_cache { n_codes } else { 0 }, k)),
             biases: inputs.biases.as_ref().map(|biases| BiasGradients {
                 content: Array1::zeros(k),
                 position: Array1::zeros(k),
-                relative: Array2::zeros(biases.relative.raw_dim()),
+                relative: aligned::array(biases.relative.raw_dim()),
             }),
-            cached_values: Array2::zeros((if piece.sums_g() { n_codes } else { 0 }, v)),
+            cached_values: aligned::array((if piece.sums_g() { n_codes } else { 0 }, v)),
             finite: true,
         }
     }
@@ -209,7 +210,7 @@ fn run_segment<T: Scalar>(
     let mut scores = Scores::new(piece);
     let mut d_scores = ScoreGradients::new(&scores);
     let mut d_out_t = Rows::zeros(d_out.ncols());
-    let mut d_q_position = Array2::zeros((LANES, inputs.q.ncols()));
+    let mut d_q_position = aligned::array((LANES, inputs.q.ncols()));
     for n in 0..blocks.len() {
         let n = if backward { blocks.end - 1 - n } else { blocks.start + n };
         let block = piece.block(n);
