@@ -160,7 +160,10 @@ fn widths_need_not_be_positive_and_strides_do_not_matter() {
 #[test]
 fn what_kept_arrays_hold_does_not_matter() {
     let mut d = quadratic::Gradients::default();
-    let (mut out, mut lse) = (Array2::from_elem((1100, 6), f64::NAN).reversed_axes(), Array1::zeros(3));
+    // Of the right shape, but not laid out row by row.
+    let transposed = || Array2::from_elem((3, 2100), f64::NAN).reversed_axes();
+    let (mut out, mut lse) = (transposed(), Array1::zeros(3));
+    d.v = transposed();
     // Lengths of two segments of keys, of one, and of two again; widths that come and go.
     for (t, d_k, d_v) in [(2100, 5, 3), (2100, 5, 3), (90, 4, 6), (2100, 5, 3)] {
         let Problem { q, k, v, d_out } = Problem::new(t, d_k, d_v);

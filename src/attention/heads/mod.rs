@@ -17,8 +17,8 @@
 //! and the gradients of a key head are the sums over its query heads, in their order.
 //!
 //! Arrays are [B, H, T, width] views of any strides: an array [B, T, H, width] comes as `array.view().permuted_axes([0, 2, 1, 3])`,
-//! and outputs and gradients, laid out that way in memory, go back by the same call. Arrays from [`ops::aligned`](crate::ops::aligned)
-//! are read faster: 5 % of the time of narrow heads.
+//! and outputs and gradients, laid out that way in memory, go back by the same call. Arrays from
+//! [`ops::aligned`](crate::ops::aligned) are read faster: 5 % of the time of narrow heads.
 
 use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis};
 
