@@ -160,9 +160,9 @@ fn widths_need_not_be_positive_and_strides_do_not_matter() {
 #[test]
 fn what_kept_arrays_hold_does_not_matter() {
     let mut d = quadratic::Gradients::default();
-    // Of the right shape, but not laid out row by row.
+    // Of the right shapes, but not laid out number by number.
     let transposed = || Array2::from_elem((3, 2100), f64::NAN).reversed_axes();
-    let (mut out, mut lse) = (transposed(), Array1::zeros(3));
+    let (mut out, mut lse) = (transposed(), Array1::zeros(4200).slice_move(s![..;2]));
     d.v = transposed();
     // Lengths of two segments of keys, of one, and of two again; widths that come and go.
     for (t, d_k, d_v) in [(2100, 5, 3), (2100, 5, 3), (90, 4, 6), (2100, 5, 3)] {
