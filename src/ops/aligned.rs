@@ -59,6 +59,7 @@ pub(crate) fn array<T: Scalar, Sh: IntoDimension>(shape: Sh) -> Array<T, Sh::Dim
 }
 
 /// How many numbers beside its own the memory of an [`array`] has at most.
+#[cfg(any(test, feature = "model"))]
 pub(crate) const fn unused<T>() -> usize {
     (LINE + (PLACES - 1) * STEP) / size_of::<T>()
 }
