@@ -1,6 +1,6 @@
 //! Formulas (1) to (4) of the module above.
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayView4, Axis, s};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rayon::prelude::*;
 
 use super::{BatchInputs, BatchOutput, fit, parts};
@@ -10,6 +10,7 @@ use crate::attention::{AttentionState, Inputs, VqAttention};
 use crate::codebook::assign::{KEYS_PER_TASK, assign_into};
 use crate::codebook::packed::Table;
 use crate::codebook::{CodeStats, commitment};
+use crate::ops::aligned;
 
 /// One form of attention on one head, in at most so many parts at once; whether q and v are finite.
 type Form<T> = fn(&VqAttention, &Inputs<'_, T>, &mut AttentionState<T>, RowOutputs<'_, T>, usize) -> bool;
@@ -109,17 +110,7 @@ pub(in crate::attention) fn quantize<T: Scalar>(
 pub(super) fn fit_all<T: Scalar>(inputs: &BatchInputs<'_, T>, output: &mut BatchOutput<T>) {
     let (b, h, t, _) = inputs.q.dim();
     fit(&mut output.out, (b, h, t), inputs.v.len_of(Axis(3)));
-    fit_rows(&mut output.codes, (b, inputs.n_key_heads(), t));
-    fit_rows(&mut output.lse, (b, h, t));
-    fit_rows(&mut output.cached_mass, (b, h, t));
-}
-
-/// Makes `array` one of shape [B, H, T]; kept if it is one.
-pub(in crate::attention) fn fit_rows<X: Clone + Default>(
-    array: &mut Array3<X>,
-    shape: (usize, usize, usize),
-) {
-    if array.dim() != shape || !array.is_standard_layout() {
-        *array = Array3::default(shape);
-    }
+    aligned::fit(&mut output.codes, (b, inputs.n_key_heads(), t));
+    aligned::fit(&mut output.lse, (b, h, t));
+    aligned::fit(&mut output.cached_mass, (b, h, t));
 }

@@ -38,7 +38,7 @@ mod forward;
 mod positions;
 mod prepared;
 
-pub(super) use forward::{fit_rows, quantize};
+pub(super) use forward::quantize;
 #[cfg(feature = "model")]
 pub(crate) use prepared::HeadColumns;
 pub use prepared::PreparedHeads;

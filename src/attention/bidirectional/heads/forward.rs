@@ -6,9 +6,10 @@ use rayon::prelude::*;
 use super::{BidirectionalInputs, BidirectionalOutput, BidirectionalSaved};
 use crate::Scalar;
 use crate::attention::bidirectional::{Visible, sweep};
-use crate::attention::heads::{fit, fit_rows, parts, quantize};
+use crate::attention::heads::{fit, parts, quantize};
 use crate::codebook::CodeStats;
 use crate::codebook::packed::Table;
+use crate::ops::aligned;
 use crate::ops::finite::all_finite;
 
 /// Forward on checked shapes; whether q, k and v are finite.
@@ -20,8 +21,8 @@ pub(super) fn run<T: Scalar>(
     let (b, heads, t, _) = inputs.q.dim();
     let (_, h, keys, d_v) = inputs.v.dim();
     fit(&mut output.out, (b, heads, t), d_v);
-    fit_rows(&mut output.lse, (b, heads, t));
-    fit_rows(&mut output.codes, (b, h, keys));
+    aligned::fit(&mut output.lse, (b, heads, t));
+    aligned::fit(&mut output.codes, (b, h, keys));
     let codes = output.codes.as_slice_mut().expect("fitted");
     let (errors, finite_keys) = quantize(inputs.k, inputs.key_mask, table, codes); // (1)
     output.commit_loss = errors / inputs.counted().max(1) as f64; // (3)
