@@ -7,8 +7,9 @@ use fearless_simd::{Simd, SimdBase};
 use ndarray::ArrayView2;
 
 use crate::Scalar;
+use crate::ops::exp::exp;
 use crate::ops::matmul::prefetch_ahead;
-use crate::ops::simd::{LANES, Row, fused};
+use crate::ops::simd::{LANES, Row, many_registers};
 
 /// `sum[i] <- rows[i] + term`, for one or two terms [K]: each row is read once.
 #[inline(always)]
@@ -120,15 +121,49 @@ pub(super) fn exponentiate<S: Simd, T: Scalar>(
     terms: &[T],
     shift: &Row<T>,
 ) -> Row<T> {
-    let mut sum = [T::zero(); LANES];
-    for (r, row) in rows.iter_mut().enumerate() {
-        let term = terms.get(r).copied().unwrap_or(T::zero());
-        for ((score, &shift), sum) in row.iter_mut().zip(shift).zip(&mut sum) {
-            *score = (*score + term - shift).exp_fast(fused(simd));
-            *sum += *score;
+    match (many_registers(simd), terms.is_empty()) {
+        (true, true) => exponentiate_groups::<S, T, 4, false>(simd, rows, terms, shift),
+        (true, false) => exponentiate_groups::<S, T, 4, true>(simd, rows, terms, shift),
+        (false, true) => exponentiate_groups::<S, T, 2, false>(simd, rows, terms, shift),
+        (false, false) => exponentiate_groups::<S, T, 2, true>(simd, rows, terms, shift),
+    }
+}
+
+/// [`exponentiate`], N vectors of a row at a time: their sums stay in registers.
+#[inline(always)]
+fn exponentiate_groups<S: Simd, T: Scalar, const N: usize, const TERMS: bool>(
+    simd: S,
+    rows: &mut [Row<T>],
+    terms: &[T],
+    shift: &Row<T>,
+) -> Row<T> {
+    let lanes = T::Vector::<S>::LEN;
+    let mut all_sums = [T::zero(); LANES];
+    for first in (0..LANES).step_by(N * lanes) {
+        let load =
+            |row: &Row<T>, j: usize| T::Vector::<S>::from_slice(simd, &row[first + j * lanes..][..lanes]);
+        let shifts: [_; N] = std::array::from_fn(|j| load(shift, j));
+        let mut sums = [T::Vector::<S>::splat(simd, T::zero()); N];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let mut scores: [_; N] = std::array::from_fn(|j| load(row, j));
+            if TERMS {
+                let term = T::Vector::<S>::splat(simd, terms[r]);
+                scores.iter_mut().for_each(|score| *score += term);
+            }
+            for (score, &shift) in scores.iter_mut().zip(&shifts) {
+                *score -= shift;
+            }
+            let p = exp::<S, T, N>(simd, scores);
+            for (j, (sum, p)) in sums.iter_mut().zip(p).enumerate() {
+                *sum += p;
+                p.store_slice(&mut row[first + j * lanes..][..lanes]);
+            }
+        }
+        for (j, sum) in sums.iter().enumerate() {
+            sum.store_slice(&mut all_sums[first + j * lanes..][..lanes]);
         }
     }
-    sum
+    all_sums
 }
 
 /// `d <- p (d - delta)`, delta the sum of p d over the rows of both; then the rows of cached codes become `p / N`, if there are

@@ -18,9 +18,10 @@ use ndarray::{ArrayView1, ArrayViewMut1, Zip, s};
 use super::blockwise::{self, RowOutputs};
 use super::{AttentionState, Inputs, Output, VqAttention, documents};
 use crate::compiled::compiled_here;
+use crate::ops::exp::exp_of_differences;
 use crate::ops::matmul::{prefetch_first, vector_product};
 use crate::ops::rows;
-use crate::ops::simd::{fused, on_best_simd};
+use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
 /// From this many tokens on, a block that shares one pass over the cache beats single steps.
@@ -222,11 +223,10 @@ fn softmax<S: Simd, T: Scalar>(simd: S, cached: &mut [T], count: &[u64], recent:
     }
     let (of_cached, of_recent) = (rows::max(cached), rows::max(recent));
     let max = if of_cached > of_recent { of_cached } else { of_recent };
+    exp_of_differences(simd, cached, max);
+    exp_of_differences(simd, recent, max);
     for (score, &n) in cached.iter_mut().zip(count) {
-        *score = (*score - max).exp_fast(fused(simd)) * T::from_f64(n as f64);
-    }
-    for score in recent.iter_mut() {
-        *score = (*score - max).exp_fast(fused(simd));
+        *score *= T::from_f64(n as f64);
     }
     let cached_sum = rows::sum(cached);
     (max, cached_sum, cached_sum + rows::sum(recent))

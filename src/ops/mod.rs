@@ -14,6 +14,7 @@ pub mod aligned;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub(crate) mod exp;
 pub(crate) mod finite;
 pub mod gelu;
 pub mod linear;

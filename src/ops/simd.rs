@@ -79,6 +79,18 @@ pub(crate) fn fused<S: Simd>(simd: S) -> bool {
     };
 }
 
+/// Whether there are 32 vector registers, not 16.
+#[inline(always)]
+pub(crate) fn many_registers<S: Simd>(simd: S) -> bool {
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    return matches!(simd.level(), Level::Avx512(_));
+    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
+    return {
+        let _ = simd;
+        cfg!(target_arch = "aarch64")
+    };
+}
+
 /// Numbers that a pass works on side by side: four registers of the widest kind.
 pub(crate) const LANES: usize = 64;
 

@@ -16,9 +16,10 @@ use super::{backward, check_rows, deltas, forward};
 use crate::attention::{BiasGradients, Biases};
 use crate::compiled::compiled_here;
 use crate::error::{check_memory, check_shape};
+use crate::ops::exp::exp_of_differences;
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::vector_product;
-use crate::ops::simd::{fused, on_best_simd};
+use crate::ops::simd::on_best_simd;
 use crate::ops::{parallel, rows};
 use crate::{Error, Scalar};
 
@@ -181,18 +182,11 @@ fn token<T: Scalar>(
         *score += bias;
     }
     let max = rows::max(&scores);
-    on_best_simd!(simd => exponentiate(fused(simd), max, &mut scores));
+    on_best_simd!(simd => exp_of_differences(simd, &mut scores, max));
     let sum = rows::sum(&scores);
     vector_product(&[(ArrayView1::from(&scores), all.values())], out); // (2)
     out.iter_mut().for_each(|out| *out /= sum);
     max + sum.ln()
-}
-
-#[inline(always)]
-fn exponentiate<T: Scalar>(fused: bool, max: T, scores: &mut [T]) {
-    for score in scores {
-        *score = (*score - max).exp_fast(fused);
-    }
 }
 
 /// What [`attend_backward`] returns.
