@@ -42,7 +42,7 @@ use crate::compiled::compiled_here;
 use crate::error::{check_shape, checked_len};
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::{prefetch, product, vector_product};
-use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
+use crate::ops::simd::{LANES, Row, Rows, many_registers, on_best_simd};
 use crate::ops::transpose::transpose;
 use crate::{Error, Scalar};
 
@@ -283,26 +283,40 @@ struct Lowest<T> {
 /// `products` [S, 64], `offsets` `[S]`.
 #[inline(always)]
 fn find_lowest<S: Simd, T: Scalar>(simd: S, products: &[Row<T>], offsets: &[T]) -> Lowest<T> {
-    const TOGETHER: usize = 2;
+    if many_registers(simd) {
+        find_lowest_in_groups::<S, T, 4>(simd, products, offsets)
+    } else {
+        find_lowest_in_groups::<S, T, 2>(simd, products, offsets)
+    }
+}
+
+/// [`find_lowest`], N vectors of keys at a time.
+#[inline(always)]
+fn find_lowest_in_groups<S: Simd, T: Scalar, const N: usize>(
+    simd: S,
+    products: &[Row<T>],
+    offsets: &[T],
+) -> Lowest<T> {
     let lanes = T::Vector::<S>::LEN;
     let (mut best_of, mut second_of) = ([T::zero(); LANES], [T::zero(); LANES]);
     let mut code_of = [T::zero(); LANES];
-    for first in (0..LANES).step_by(TOGETHER * lanes) {
-        let mut best = [T::Vector::<S>::splat(simd, T::infinity()); TOGETHER];
+    for first in (0..LANES).step_by(N * lanes) {
+        let mut best = [T::Vector::<S>::splat(simd, T::infinity()); N];
         let mut second = best;
-        let mut nearest = [T::Vector::<S>::splat(simd, T::zero()); TOGETHER];
+        let mut nearest = [T::Vector::<S>::splat(simd, T::zero()); N];
         for ((code, row), &h) in (0..).zip(products).zip(offsets) {
             let code = T::Vector::<S>::splat(simd, T::from_code(code));
             let h = T::Vector::<S>::splat(simd, h);
-            for j in 0..TOGETHER {
+            for j in 0..N {
                 let score = h - T::Vector::<S>::from_slice(simd, &row[first + j * lanes..][..lanes]);
+                // The next code waits for a minimum, not for a comparison and a selection.
                 let wins = score.simd_lt(best[j]);
                 second[j] = second[j].min(best[j].max(score));
+                best[j] = score.min(best[j]);
                 nearest[j] = wins.select(code, nearest[j]);
-                best[j] = wins.select(score, best[j]);
             }
         }
-        for j in 0..TOGETHER {
+        for j in 0..N {
             let at = first + j * lanes..first + (j + 1) * lanes;
             best[j].store_slice(&mut best_of[at.clone()]);
             second[j].store_slice(&mut second_of[at.clone()]);
