@@ -44,29 +44,60 @@ fn column(tile: &Tile, r: usize, lane: usize, lanes: usize) -> Option<usize> {
     (first + reach >= 0 && first - reach <= window).then(|| (first + MARGIN as isize) as usize)
 }
 
-/// Adds to each row of `recent` [rows] the biases of its queries. Where a query does not see the key, any number.
-pub(super) fn add<T: Scalar>(tile: &Tile, bias: &Array2<T>, recent: &mut [Row<T>]) {
+/// Where the scores of a row's key without its bias come from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source<'a, T> {
+    /// The row itself.
+    Row,
+    /// The scores of codes, of which each row has one.
+    Codes(&'a [Row<T>], &'a [u32]),
+}
+
+/// Adds to the scores of the rows of `recent`, the first of which is row `first` of the tile, the biases of its queries. Where a
+/// query does not see the key, any number.
+pub(super) fn add<T: Scalar>(
+    tile: &Tile,
+    bias: &Array2<T>,
+    source: Source<'_, T>,
+    (first, recent): (usize, &mut [Row<T>]),
+) {
     let stride = bias.ncols();
     let bias = bias.as_slice().expect("buffers are contiguous");
-    dispatch!(level(), simd => add_squares(simd, tile, (bias, stride), recent));
+    dispatch!(level(), simd => add_squares(simd, tile, (bias, stride), source, (first, recent)));
 }
 
 #[inline(always)]
-fn add_squares<S: Simd, T: Scalar>(simd: S, tile: &Tile, bias: (&[T], usize), recent: &mut [Row<T>]) {
+fn add_squares<S: Simd, T: Scalar>(
+    simd: S,
+    tile: &Tile,
+    (bias, stride): (&[T], usize),
+    source: Source<'_, T>,
+    (first, recent): (usize, &mut [Row<T>]),
+) {
     let lanes = T::Vector::<S>::LEN;
-    let (bias, stride) = bias;
     let mut square = [T::Vector::<S>::splat(simd, T::zero()); MOST_LANES];
     for (n, rows) in recent.chunks_mut(lanes).enumerate() {
         for lane in (0..LANES).step_by(lanes) {
-            let Some(first) = column(tile, tile.rows.start + n * lanes, lane, lanes) else { continue };
+            let score = |i: usize, row: &Row<T>| {
+                let row = match source {
+                    Source::Row => row,
+                    Source::Codes(scores, codes) => &scores[codes[n * lanes + i] as usize],
+                };
+                T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes])
+            };
+            let Some(first) = column(tile, first + n * lanes, lane, lanes) else {
+                for (i, row) in rows.iter_mut().enumerate() {
+                    score(i, row).store_slice(&mut row[lane..lane + lanes]);
+                }
+                continue;
+            };
             for (i, v) in square[..lanes].iter_mut().enumerate() {
                 // One query later, the same key is one distance farther.
                 *v = T::Vector::<S>::from_slice(simd, &bias[(lane + i) * stride + first - i..][..lanes]);
             }
             transpose_square::<S, T>(&mut square);
-            for (row, &v) in rows.iter_mut().zip(&square) {
-                let row = &mut row[lane..lane + lanes];
-                (T::Vector::<S>::from_slice(simd, row) + v).store_slice(row);
+            for (i, (row, &v)) in rows.iter_mut().zip(&square).enumerate() {
+                (score(i, row) + v).store_slice(&mut row[lane..lane + lanes]);
             }
         }
     }

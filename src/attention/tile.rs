@@ -17,7 +17,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use super::block::Tile;
 use super::blockwise::Piece;
 use super::kernels::{add_terms, exponentiate, scatter, score_gradients, softmax};
-use super::skew;
+use super::skew::{self, Source};
 use crate::Scalar;
 use crate::ops::finite::all_finite;
 use crate::ops::matmul::product;
@@ -108,15 +108,20 @@ impl<T: Scalar> Scores<T> {
     pub fn fill_recent(&mut self, piece: &Piece<'_, T>, tile: &Tile) {
         let (old, keys) = tile.parts();
         let recent = &mut self.recent[..tile.rows.len()];
-        product(piece.carried_keys(tile), view(&self.q_content_t), view_mut(&mut recent[..old.len()]));
-        for (row, &code) in recent[old.len()..].iter_mut().zip(&piece.codes[keys]) {
-            *row = self.content[code as usize];
-        }
+        let (carried, own) = recent.split_at_mut(old.len());
+        product(piece.carried_keys(tile), view(&self.q_content_t), view_mut(carried));
+        let (content, codes) = (&*self.content, &piece.codes[keys]);
         if let Some(relative_t) = &piece.relative_t {
             let q_position = self.q_position.slice(s![..tile.len, ..]);
             let bias = skew::inside_mut(&mut self.bias, tile.len);
             relative_t.product((q_position, Triangle::Full), 0, bias, false);
-            skew::add(tile, &self.bias, recent);
+            let first = tile.rows.start;
+            skew::add(tile, &self.bias, Source::Row, (first, carried));
+            skew::add(tile, &self.bias, Source::Codes(content, codes), (first + old.len(), own));
+        } else {
+            for (row, &code) in own.iter_mut().zip(codes) {
+                *row = content[code as usize];
+            }
         }
         // With a cache, only the tile's own keys are hidden from some of its queries.
         let whole = if tile.block.cache { recent.len() - tile.len } else { 0 };
