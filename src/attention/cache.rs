@@ -17,20 +17,23 @@
 //! Counts are integers. Tokens enter one at a time in the order of positions, so the cache is the same bits wherever a
 //! sequence was cut into blocks and pieces.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use crate::error::check_shape;
 use crate::ops::finite::check_finite;
-use crate::ops::matmul::prefetch_ahead;
+use crate::ops::matmul::{prefetch_ahead, prefetch_row};
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
-/// Numbers that enter at once from which on threads share the columns.
-const SHARED: usize = 1 << 20;
+/// Numbers that enter at once from which on they enter code by code, and threads share the codes.
+const MANY: usize = 1 << 17;
 
-/// Columns that one thread takes at least.
-const COLUMNS: usize = 64;
+/// Codes of one task.
+const CODES: usize = 8;
+
+/// Bytes of values that are asked for before they are read.
+const AHEAD: usize = 1 << 13;
 
 /// One count and one mean value per code: all that attention needs to know of keys beyond the window.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,16 +126,19 @@ impl<T: Scalar> CompressiveCache<T> {
     ) {
         debug_assert_eq!(values.dim(), (codes.len(), self.mean.ncols()));
         let shares: Vec<T> = codes.iter().map(|&code| self.count_one(code)).collect();
-        if replaced.is_some() || values.len() < SHARED {
+        if replaced.is_some() || values.len() < MANY {
             let state = (self.mean.view_mut(), self.residual.view_mut());
             on_best_simd!(move_means(state, (codes, &shares), values, replaced));
             return;
         }
-        let columns = values.ncols().div_ceil(rayon::current_num_threads()).max(COLUMNS);
-        let means = self.mean.axis_chunks_iter_mut(Axis(1), columns).into_par_iter();
-        let state = means.zip(self.residual.axis_chunks_iter_mut(Axis(1), columns));
-        state.zip(values.axis_chunks_iter(Axis(1), columns)).for_each(|(state, values)| {
-            on_best_simd!(move_means(state, (codes, &shares), values, None));
+        let (tokens, ends) = by_code(codes, self.count.len());
+        let means = self.mean.axis_chunks_iter_mut(Axis(0), CODES).into_par_iter();
+        let states = means.zip(self.residual.axis_chunks_iter_mut(Axis(0), CODES)).enumerate();
+        states.for_each(|(task, state)| {
+            let codes = task * CODES..task * CODES + state.0.nrows();
+            let first = if task == 0 { 0 } else { ends[codes.start - 1] };
+            let ends = ends[codes].iter().map(|&end| end - first);
+            on_best_simd!(move_means_by_code(state, (&tokens[first..], ends), &shares, values));
         });
     }
 
@@ -190,7 +196,7 @@ impl<T: Scalar> CompressiveCache<T> {
     }
 }
 
-/// (2) for each token in turn: its code and 1 / N, and its value; some columns of all of them.
+/// (2) for each token in turn: its code and 1 / N, and its value.
 #[inline(always)]
 fn move_means<T: Scalar>(
     (mut means, mut residuals): (ArrayViewMut2<'_, T>, ArrayViewMut2<'_, T>),
@@ -201,17 +207,67 @@ fn move_means<T: Scalar>(
     for (i, ((&code, &share), value)) in codes.iter().zip(shares).zip(values.rows()).enumerate() {
         prefetch_ahead(values, i);
         let s = code as usize;
-        let (mut mean, mut residual) = (means.row_mut(s), residuals.row_mut(s));
+        let (mean, residual) = (means.row_mut(s), residuals.row_mut(s));
         if let (Some(replaced), Some(mean)) = (&mut replaced, mean.as_slice()) {
             replaced.extend_from_slice(mean);
         }
-        let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
-        if let (Some(mean), Some(residual), Some(value)) = rows {
-            move_mean(mean, residual, value, share);
-        } else {
-            for ((mean, residual), &v) in mean.iter_mut().zip(&mut residual).zip(value) {
-                move_element(mean, residual, v, share);
+        move_row((mean, residual), value, share);
+    }
+}
+
+/// The tokens of each code in their order, code after code, and where those of a code end.
+fn by_code(codes: &[u32], n_codes: usize) -> (Vec<usize>, Vec<usize>) {
+    let mut ends = vec![0; n_codes];
+    codes.iter().for_each(|&code| ends[code as usize] += 1);
+    let mut before = 0;
+    for end in &mut ends {
+        // Where the code's tokens begin, until they are put there.
+        (*end, before) = (before, before + *end);
+    }
+    let mut tokens = vec![0; codes.len()];
+    for (token, &code) in codes.iter().enumerate() {
+        tokens[ends[code as usize]] = token;
+        ends[code as usize] += 1;
+    }
+    (tokens, ends)
+}
+
+/// (2) for some codes, as [`by_code`] has their tokens: each mean stays in the nearest cache until it is done. The tokens of
+/// others that follow are not looked at.
+#[inline(always)]
+fn move_means_by_code<T: Scalar>(
+    (mut means, mut residuals): (ArrayViewMut2<'_, T>, ArrayViewMut2<'_, T>),
+    (tokens, ends): (&[usize], impl Iterator<Item = usize>),
+    shares: &[T],
+    values: ArrayView2<'_, T>,
+) {
+    let ahead = (AHEAD / size_of::<T>()).div_ceil(values.ncols().max(1));
+    let mut done = 0;
+    for ((mut mean, mut residual), end) in means.rows_mut().into_iter().zip(residuals.rows_mut()).zip(ends) {
+        for at in done..end {
+            if let Some(&later) = tokens.get(at + ahead) {
+                prefetch_row(values.row(later));
             }
+            let token = tokens[at];
+            move_row((mean.view_mut(), residual.view_mut()), values.row(token), shares[token]);
+        }
+        done = end;
+    }
+}
+
+/// (2) for one token.
+#[inline(always)]
+fn move_row<T: Scalar>(
+    (mut mean, mut residual): (ArrayViewMut1<'_, T>, ArrayViewMut1<'_, T>),
+    value: ArrayView1<'_, T>,
+    share: T,
+) {
+    let rows = (mean.as_slice_mut(), residual.as_slice_mut(), value.as_slice());
+    if let (Some(mean), Some(residual), Some(value)) = rows {
+        move_mean(mean, residual, value, share);
+    } else {
+        for ((mean, residual), &v) in mean.iter_mut().zip(&mut residual).zip(value) {
+            move_element(mean, residual, v, share);
         }
     }
 }
@@ -275,14 +331,14 @@ mod tests {
     #[test]
     fn many_at_once_leave_the_bits_of_one_by_one_on_any_number_of_threads() {
         const V: usize = 200;
-        let n = SHARED / V + 1;
-        let codes: Vec<u32> = (0..n as u32).map(|j| j * j % 7).collect();
+        let n = MANY / V + 1;
+        let codes: Vec<u32> = (0..n as u32).map(|j| j * j % 19).collect();
         let values = Array2::from_shape_fn((n, V), |(j, v)| ((j * V + v) as f32).sin());
-        let mut one_by_one = CompressiveCache::new(7, V);
+        let mut one_by_one = CompressiveCache::new(21, V);
         codes.iter().zip(values.rows()).for_each(|(&code, v)| one_by_one.push(code, v));
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let mut cache = CompressiveCache::new(7, V);
+            let mut cache = CompressiveCache::new(21, V);
             pool.install(|| cache.push_rows(&codes, values.view(), None));
             assert_eq!(cache, one_by_one);
         }
