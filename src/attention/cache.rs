@@ -14,8 +14,8 @@
 //! |mean - mu| <= (8 u + N u^2) max|v|
 //! ```
 //!
-//! Counts are integers. Tokens enter one at a time in the order of positions, so the cache is the same bits wherever a
-//! sequence was cut into blocks and pieces.
+//! Counts are integers. Tokens enter one at a time, those of each code in the order of positions, so the cache is the same bits
+//! wherever a sequence was cut into blocks and pieces.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 use rayon::prelude::*;
