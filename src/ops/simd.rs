@@ -3,7 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
 
-use fearless_simd::{Level, Simd};
+use fearless_simd::{Level, Simd, SimdBase};
 
 use super::aligned::Aligned;
 use crate::Scalar;
@@ -79,16 +79,16 @@ pub(crate) fn fused<S: Simd>(simd: S) -> bool {
     };
 }
 
+/// Whether a register holds 64 bytes: AVX-512, which other processors have no name for.
+#[inline(always)]
+pub(crate) fn wide_registers<S: Simd>(_: S) -> bool {
+    S::f32s::LEN * size_of::<f32>() == 64
+}
+
 /// Whether there are 32 vector registers, not 16.
 #[inline(always)]
 pub(crate) fn many_registers<S: Simd>(simd: S) -> bool {
-    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    return matches!(simd.level(), Level::Avx512(_));
-    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
-    return {
-        let _ = simd;
-        cfg!(target_arch = "aarch64")
-    };
+    wide_registers(simd) || cfg!(target_arch = "aarch64")
 }
 
 /// Numbers that a pass works on side by side: four registers of the widest kind.

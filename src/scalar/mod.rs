@@ -77,7 +77,10 @@ pub trait Scalar:
     ///
     /// Relative error at most 1.5e-7 (`f32`) and 5e-16 (`f64`) for `x` in [-87, 88] and [-708, 709]; below, 0 or the smallest
     /// normal numbers; above, infinity or the largest finite ones; NaN stays NaN.
-    fn exp_fast(self, fused: bool) -> Self;
+    #[inline(always)]
+    fn exp_fast(self, fused: bool) -> Self {
+        exp::of_one(self, fused)
+    }
 }
 
 impl Scalar for f32 {
@@ -90,11 +93,6 @@ impl Scalar for f32 {
     fn as_f64(self) -> f64 {
         self.into()
     }
-
-    #[inline(always)]
-    fn exp_fast(self, fused: bool) -> Self {
-        exp::of_one(self, fused)
-    }
 }
 
 impl Scalar for f64 {
@@ -106,10 +104,5 @@ impl Scalar for f64 {
     #[inline(always)]
     fn as_f64(self) -> f64 {
         self
-    }
-
-    #[inline(always)]
-    fn exp_fast(self, fused: bool) -> Self {
-        exp::of_one(self, fused)
     }
 }

@@ -14,10 +14,11 @@
 use std::hint::{assert_unchecked, black_box};
 use std::ops::Range;
 
-use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Simd, SimdBase, SimdFloat};
 
 use super::prefetch::{ask, ask_second_level};
 use crate::Scalar;
+use crate::ops::simd::{many_registers, wide_registers};
 use crate::ops::triangle::Triangle;
 
 /// Bytes of a panel of B that meet C together, at most: they stay in a first-level cache.
@@ -26,7 +27,7 @@ pub(super) const NEAR: usize = 1 << 15;
 /// Vectors of a panel of B: those of the largest tile's row.
 #[inline(always)]
 pub(super) fn vectors<S: Simd>(simd: S) -> usize {
-    if matches!(simd.level(), Level::Avx512(_)) { 4 } else { 2 }
+    if wide_registers(simd) { 4 } else { 2 }
 }
 
 /// Elements in a row of a panel.
@@ -166,8 +167,7 @@ pub(super) unsafe fn tile_at<S: Simd, T: Scalar>(
     (vectors, ahead): (usize, Option<Ahead>),
     add: bool,
 ) -> usize {
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
-    let most = if vectors == 2 && many_registers { 8 } else { 6 };
+    let most = if vectors == 2 && many_registers(simd) { 8 } else { 6 };
     let left = match rows.m - row {
         // 4 and 4 rather than 6 and 2: a tile of 2 waits for its own sums.
         8 if most == 6 => 4,

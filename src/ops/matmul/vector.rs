@@ -23,7 +23,7 @@ use rayon::prelude::*;
 use super::prefetch::{ask, ask_second_level};
 use super::{add_product, product};
 use crate::Scalar;
-use crate::ops::simd::level;
+use crate::ops::simd::{level, many_registers};
 use crate::ops::transpose::{MOST_LANES, transpose_square};
 
 /// Bytes of B that one task reads at least: below, handing it to another thread costs more than it saves.
@@ -89,7 +89,6 @@ fn on_one_thread<T: Scalar>(level: Level, x: &[T], b: ArrayView2<'_, T>, y: &mut
 /// `b` must be valid for as many rows as `x` has numbers, `b_row` apart, each as long as `y`.
 #[inline(always)]
 unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isize, y: &mut [T], add: bool) {
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
     if !add {
         y.fill(T::zero());
     }
@@ -106,7 +105,7 @@ unsafe fn add_rows<S: Simd, T: Scalar>(simd: S, x: &[T], b: *const T, b_row: isi
     }
     let mut p = 0;
     while p < x.len() {
-        let rows = if many_registers { (x.len() - p).min(16) } else { (x.len() - p).min(8) };
+        let rows = if many_registers(simd) { (x.len() - p).min(16) } else { (x.len() - p).min(8) };
         // SAFETY: p + the rows of the chosen size <= the rows of b.
         unsafe {
             let b = b.offset(p as isize * b_row);

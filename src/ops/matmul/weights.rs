@@ -26,7 +26,7 @@ use super::tile::Operands;
 use super::vector::load_some;
 use crate::Scalar;
 use crate::ops::aligned::{Aligned, LINE};
-use crate::ops::simd::level;
+use crate::ops::simd::{level, many_registers};
 
 /// Vectors of a panel's row.
 const VECTORS: usize = 2;
@@ -166,8 +166,7 @@ unsafe fn all_panels<S: Simd, T: Scalar>(
 /// As many of `left` rows as a tile takes, and how many panels its sums leave room for.
 #[inline(always)]
 fn rows_of_tile<S: Simd>(simd: S, left: usize) -> (usize, usize) {
-    let many_registers = matches!(simd.level(), Level::Avx512(_)) || cfg!(target_arch = "aarch64");
-    match (left, many_registers) {
+    match (left, many_registers(simd)) {
         (8.., true) => (8, 1),
         (4.., true) => (4, 2),
         (2.., true) => (2, 4),
