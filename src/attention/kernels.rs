@@ -7,9 +7,9 @@ use fearless_simd::{Simd, SimdBase};
 use ndarray::ArrayView2;
 
 use crate::Scalar;
-use crate::ops::exp::exp;
+use crate::ops::exp::{TOGETHER, exp};
 use crate::ops::matmul::prefetch_ahead;
-use crate::ops::simd::{LANES, Row, many_registers};
+use crate::ops::simd::{LANES, Row};
 
 /// `sum[i] <- rows[i] + term`, for one or two terms [K]: each row is read once.
 #[inline(always)]
@@ -96,7 +96,6 @@ pub(super) fn softmax<S: Simd, T: Scalar>(
 /// `max <- max(max, rows + terms)`, one term per row or none. Maxima stay in registers, which a compiler does not see by itself.
 #[inline(always)]
 pub(super) fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], terms: &[T], max: &mut Row<T>) {
-    const TOGETHER: usize = 4;
     let lanes = T::Vector::<S>::LEN;
     let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);
     for first in (0..LANES).step_by(TOGETHER * lanes) {
@@ -121,49 +120,42 @@ pub(super) fn exponentiate<S: Simd, T: Scalar>(
     terms: &[T],
     shift: &Row<T>,
 ) -> Row<T> {
-    match (many_registers(simd), terms.is_empty()) {
-        (true, true) => exponentiate_groups::<S, T, 4, false>(simd, rows, terms, shift),
-        (true, false) => exponentiate_groups::<S, T, 4, true>(simd, rows, terms, shift),
-        (false, true) => exponentiate_groups::<S, T, 2, false>(simd, rows, terms, shift),
-        (false, false) => exponentiate_groups::<S, T, 2, true>(simd, rows, terms, shift),
+    if terms.is_empty() {
+        exponentiate_rows::<S, T, false>(simd, rows, terms, shift)
+    } else {
+        exponentiate_rows::<S, T, true>(simd, rows, terms, shift)
     }
 }
 
-/// [`exponentiate`], N vectors of a row at a time: their sums stay in registers.
+/// [`exponentiate`], row by row, as many vectors of it at a time as [`TOGETHER`] says.
 #[inline(always)]
-fn exponentiate_groups<S: Simd, T: Scalar, const N: usize, const TERMS: bool>(
+fn exponentiate_rows<S: Simd, T: Scalar, const TERMS: bool>(
     simd: S,
     rows: &mut [Row<T>],
     terms: &[T],
     shift: &Row<T>,
 ) -> Row<T> {
     let lanes = T::Vector::<S>::LEN;
-    let mut all_sums = [T::zero(); LANES];
-    for first in (0..LANES).step_by(N * lanes) {
-        let load =
-            |row: &Row<T>, j: usize| T::Vector::<S>::from_slice(simd, &row[first + j * lanes..][..lanes]);
-        let shifts: [_; N] = std::array::from_fn(|j| load(shift, j));
-        let mut sums = [T::Vector::<S>::splat(simd, T::zero()); N];
-        for (r, row) in rows.iter_mut().enumerate() {
-            let mut scores: [_; N] = std::array::from_fn(|j| load(row, j));
-            if TERMS {
-                let term = T::Vector::<S>::splat(simd, terms[r]);
-                scores.iter_mut().for_each(|score| *score += term);
+    let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);
+    let mut sums = [T::zero(); LANES];
+    for (r, row) in rows.iter_mut().enumerate() {
+        let term = T::Vector::<S>::splat(simd, if TERMS { terms[r] } else { T::zero() });
+        for first in (0..LANES).step_by(TOGETHER * lanes) {
+            let mut scores: [_; TOGETHER] = std::array::from_fn(|j| load(row, first + j * lanes));
+            for (j, score) in scores.iter_mut().enumerate() {
+                if TERMS {
+                    *score += term;
+                }
+                *score -= load(shift, first + j * lanes);
             }
-            for (score, &shift) in scores.iter_mut().zip(&shifts) {
-                *score -= shift;
+            for (j, p) in exp::<S, T, TOGETHER>(simd, scores).into_iter().enumerate() {
+                let lane = first + j * lanes;
+                (load(&sums, lane) + p).store_slice(&mut sums[lane..lane + lanes]);
+                p.store_slice(&mut row[lane..lane + lanes]);
             }
-            let p = exp::<S, T, N>(simd, scores);
-            for (j, (sum, p)) in sums.iter_mut().zip(p).enumerate() {
-                *sum += p;
-                p.store_slice(&mut row[first + j * lanes..][..lanes]);
-            }
-        }
-        for (j, sum) in sums.iter().enumerate() {
-            sum.store_slice(&mut all_sums[first + j * lanes..][..lanes]);
         }
     }
-    all_sums
+    sums
 }
 
 /// `d <- p (d - delta)`, delta the sum of p d over the rows of both; then the rows of cached codes become `p / N`, if there are

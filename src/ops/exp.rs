@@ -6,7 +6,7 @@
 
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
 
-use super::simd::{fused, many_registers};
+use super::simd::fused;
 use crate::Scalar;
 
 /// [`Scalar::exp_fast`] of N vectors, the same bits.
@@ -45,24 +45,18 @@ pub(crate) fn exp<S: Simd, T: Scalar, const N: usize>(
     p
 }
 
+/// Vectors that take their exponentials side by side: one more and a compiler would keep half of them in memory.
+pub(crate) const TOGETHER: usize = 4;
+
 /// `x <- exp(x - shift)`, the same bits wherever an element stands.
 #[inline(always)]
 pub(crate) fn exp_of_differences<S: Simd, T: Scalar>(simd: S, x: &mut [T], shift: T) {
-    if many_registers(simd) {
-        exp_in_groups::<S, T, 4>(simd, x, shift);
-    } else {
-        exp_in_groups::<S, T, 2>(simd, x, shift);
-    }
-}
-
-#[inline(always)]
-fn exp_in_groups<S: Simd, T: Scalar, const N: usize>(simd: S, x: &mut [T], shift: T) {
     let lanes = T::Vector::<S>::LEN;
     let shifts = T::Vector::<S>::splat(simd, shift);
-    let mut groups = x.chunks_exact_mut(N * lanes);
+    let mut groups = x.chunks_exact_mut(TOGETHER * lanes);
     for group in &mut groups {
         let load = |j: usize| T::Vector::<S>::from_slice(simd, &group[j * lanes..][..lanes]) - shifts;
-        let e = exp::<S, T, N>(simd, std::array::from_fn(load));
+        let e = exp::<S, T, TOGETHER>(simd, std::array::from_fn(load));
         for (j, e) in e.iter().enumerate() {
             e.store_slice(&mut group[j * lanes..][..lanes]);
         }

@@ -1,8 +1,8 @@
 //! SiLU, and the gate made of it.
 //!
 //! ```text
-//! (1) silu(fused, x) = x s(x),                     s(x) = 1 / (1 + exp(-x))
-//! (2) gate: y = o silu(fused, g)
+//! (1) silu(x) = x s(x),                            s(x) = 1 / (1 + exp(-x))
+//! (2) gate: y = o silu(g)
 //! (3) silu'(x) = s(x) (1 + x (1 - s(x)))
 //! ```
 //! Values and derivatives are finite for every finite x. Where exp(-|x|) leaves the range of the type (|x| above 87 in `f32`,
@@ -18,7 +18,7 @@ use super::simd::{fused, on_best_simd};
 use crate::error::{check_shape, checked_len};
 use crate::{Error, Scalar};
 
-/// y = silu(fused, x), formula (1). Relative error at most 7e-7 (`f32`) or 2e-15 (`f64`) for x above -87 (-708).
+/// y = silu(x), formula (1). Relative error at most 7e-7 (`f32`) or 2e-15 (`f64`) for x above -87 (-708).
 ///
 /// # Shapes
 /// `x` [N, width]; the result has the same.
@@ -70,7 +70,7 @@ fn backward_row<T: Scalar>(fused: bool, x: &[T], d: &mut [T]) {
     }
 }
 
-/// y = o silu(fused, g), formula (2).
+/// y = o silu(g), formula (2).
 ///
 /// # Shapes
 /// `o`, `g` [N, width]; the result has the same.
@@ -96,7 +96,7 @@ fn gate_row<T: Scalar>(fused: bool, o: &[T], g: &[T], y: &mut [T]) {
     }
 }
 
-/// (d_o, d_g) = (d_y silu(fused, g), d_y o silu'(g)).
+/// (d_o, d_g) = (d_y silu(g), d_y o silu'(g)).
 ///
 /// # Shapes
 /// `o`, `g`, `d_y` [N, width]; both results have the same.

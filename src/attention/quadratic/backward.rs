@@ -11,9 +11,9 @@ use super::forward::{self, band};
 use crate::Scalar;
 use crate::attention::tile::{view, view_mut};
 use crate::ops::aligned;
-use crate::ops::exp::exp;
+use crate::ops::exp::{TOGETHER, exp};
 use crate::ops::matmul::{PackedRows, add_product, product};
-use crate::ops::simd::{LANES, Row, Rows, many_registers, on_best_simd};
+use crate::ops::simd::{LANES, Row, Rows, on_best_simd};
 use crate::ops::transpose::transpose;
 use crate::ops::triangle::Triangle;
 
@@ -197,30 +197,15 @@ fn score_gradients<S: Simd, T: Scalar>(
     simd: S,
     scores: &mut [Row<T>],
     d: &mut [Row<T>],
-    of_queries: (&[T], &[T]),
-) {
-    if many_registers(simd) {
-        score_gradients_in_groups::<S, T, 4>(simd, scores, d, of_queries);
-    } else {
-        score_gradients_in_groups::<S, T, 2>(simd, scores, d, of_queries);
-    }
-}
-
-/// [`score_gradients`], N vectors of a row at a time.
-#[inline(always)]
-fn score_gradients_in_groups<S: Simd, T: Scalar, const N: usize>(
-    simd: S,
-    scores: &mut [Row<T>],
-    d: &mut [Row<T>],
     (lse, delta): (&[T], &[T]),
 ) {
     let lanes = T::Vector::<S>::LEN;
     for ((row, d_row), (&lse, &delta)) in scores.iter_mut().zip(d).zip(lse.iter().zip(delta)) {
         let [lse, delta] = [lse, delta].map(|x| T::Vector::<S>::splat(simd, x));
-        let groups = row.chunks_exact_mut(N * lanes).zip(d_row.chunks_exact_mut(N * lanes));
+        let groups = row.chunks_exact_mut(TOGETHER * lanes).zip(d_row.chunks_exact_mut(TOGETHER * lanes));
         for (scores, d) in groups {
             let load = |row: &[T], j: usize| T::Vector::<S>::from_slice(simd, &row[j * lanes..][..lanes]);
-            let p = exp::<S, T, N>(simd, std::array::from_fn(|j| load(scores, j) - lse));
+            let p = exp::<S, T, TOGETHER>(simd, std::array::from_fn(|j| load(scores, j) - lse));
             for (j, &p) in p.iter().enumerate() {
                 let d_score = p * (load(d, j) - delta);
                 p.store_slice(&mut scores[j * lanes..][..lanes]);
