@@ -4,10 +4,10 @@
 //! Q7Q         the digit of Q is 7; again each time that Q comes up
 //! ```
 //!
-//! Lines follow each other without a pause. Which name comes up is drawn anew each time, some often, some seldom; digits are drawn once
-//! per text. So a digit can be known where its name has come up before, from the text and from nothing else, and the further a text
-//! gets, the less of it is new. A name is one byte, and so is a digit: the first Q asks, the second one, which has seen its digit,
-//! is what is found when Q comes up again.
+//! Lines follow each other without a pause. Which name comes up is drawn anew each time, some often, some seldom; digits are drawn
+//! once per text. So a digit can be known where its name has come up before, from the text and from nothing else, and the further a
+//! text gets, the less of it is new. A name is one byte, and so is a digit: the first Q asks, the second one, which has seen its
+//! digit, is what is found when Q comes up again.
 
 use rand::RngExt;
 use rand::seq::SliceRandom;

@@ -41,7 +41,8 @@ fn too_short(tokens: usize, progress: &Progress) -> Box<dyn Error> {
     format!("the text is too short: {tokens} tokens, and what is not held out of it must be more than the {sequence_len} of a training sequence").into()
 }
 
-/// The text to learn, a file or a folder of files. Without one: README, documentation and sources of this crate, in the order of their names.
+/// The text to learn, a file or a folder of files. Without one: README, documentation and sources of this crate, in the order of
+/// their names.
 pub fn read_text(data: Option<&Path>) -> Result<Corpus, Box<dyn Error>> {
     if let Some(path) = data {
         return Ok(Corpus::open(path)?);

@@ -11,7 +11,7 @@ use crate::ops::exp::{TOGETHER, exp};
 use crate::ops::matmul::prefetch_ahead;
 use crate::ops::simd::{LANES, Row};
 
-/// `sum[i] <- rows[i] + term`, for one or two terms [K]: each row is read once.
+/// `sum[i] <- rows[i] + term`, for one or two terms `[K]`: each row is read once.
 #[inline(always)]
 pub(super) fn add_terms<T: Scalar, const N: usize>(
     rows: ArrayView2<'_, T>,

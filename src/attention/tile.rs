@@ -40,13 +40,13 @@ pub(super) fn view_mut<T>(rows: &mut [Row<T>]) -> ArrayViewMut2<'_, T> {
 pub(super) struct Scores<T> {
     /// The codes whose scores these are.
     codes: Range<usize>,
-    /// (1), then p of cached codes [S].
+    /// (1), then p of cached codes `[S]`.
     pub content: Rows<T>,
     /// (2), then p of recent keys; a tile uses the first of them, one per row [M + L].
     recent: Rows<T>,
     /// q + u [64, K].
     q_content: Array2<T>,
-    /// Its transpose [K].
+    /// Its transpose `[K]`.
     q_content_t: Rows<T>,
     /// q + w [64, K].
     q_position: Array2<T>,
@@ -172,7 +172,7 @@ impl<T: Scalar> Scores<T> {
 /// Gradients of the scores of one tile, in the layout of [`Scores`].
 #[derive(Debug)]
 pub(super) struct ScoreGradients<T> {
-    /// [S].
+    /// `[S]`.
     pub content: Rows<T>,
     /// [M + L].
     recent: Rows<T>,

@@ -10,7 +10,7 @@
 //!
 //! The last two hold for a whole sequence, however many updates it is cut into. Evaluation drops nothing.
 //!
-//! See [`dropout`](crate::ops::dropout) for what a mask is.
+//! See [`crate::ops::dropout`] for what a mask is.
 
 use std::borrow::Cow;
 

@@ -65,7 +65,7 @@ pub(crate) fn fit<T: Clone + Default, Sh: IntoDimension>(array: &mut Array<T, Sh
     }
 }
 
-/// How many numbers beside its own the memory of an [`array`] has at most.
+/// How many numbers beside its own the memory of an [`fn@array`] has at most.
 #[cfg(any(test, feature = "model"))]
 pub(crate) const fn unused<T>() -> usize {
     (LINE + (PLACES - 1) * STEP) / size_of::<T>()

@@ -4,8 +4,8 @@
 //! (1)  y_n = x_n / (1 - rate)  where  word_n >= rate 2^32,  else 0
 //! ```
 //!
-//! `word_n` is the n-th word of 32 bits of a [`Stream`] of ChaCha with 8 rounds. A mask is therefore a function of its stream alone:
-//! not of threads, which each go to the words that they need, and nothing of it has to be kept. (1) is linear, so its
+//! `word_n` is the n-th word of 32 bits of a [`Stream`] of ChaCha with 8 rounds. A mask is therefore a function of its stream
+//! alone: not of threads, which each go to the words that they need, and nothing of it has to be kept. (1) is linear, so its
 //! backward is the same call on the gradient.
 //!
 //! Cost: one word of ChaCha and one multiplication per number.

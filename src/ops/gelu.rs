@@ -7,8 +7,8 @@
 //! The form with erf, x Phi(x), is another function: the two differ by at most 4.8e-4, near |x| = 2.3 and 0.7. This one costs one
 //! exponential and is as precise as that.
 //!
-//! Values and derivatives are finite for every finite x. Beyond |x| = 16, where the derivative is 0 or 1 to 130 digits, (2) is taken
-//! at 16.
+//! Values and derivatives are finite for every finite x. Beyond |x| = 16, where the derivative is 0 or 1 to 130 digits, (2) is
+//! taken at 16.
 //!
 //! Cost: one exponential and one division per element.
 //! Source: Hendrycks and Gimpel, arXiv 1606.08415.

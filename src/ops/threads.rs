@@ -6,8 +6,8 @@
 /// threads and waited for asleep: some tens of microseconds. A token's pass through a model has dozens of loops that take no
 /// longer themselves. Entering once, it pays once.
 ///
-/// Loops over many tokens take longer, and gain nothing. Their arrays are better allocated by the thread that calls: allocators keep a
-/// part of the heap for each thread, and whichever of the pool's threads runs a pass grows its own.
+/// Loops over many tokens take longer, and gain nothing. Their arrays are better allocated by the thread that calls: allocators keep
+/// a part of the heap for each thread, and whichever of the pool's threads runs a pass grows its own.
 pub(crate) fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { f() } else { rayon::scope(|_| f()) }
 }

@@ -1,4 +1,4 @@
-//! B[j][i] <- A[i][j], a square of registers at a time.
+//! `B[j][i] <- A[i][j]`, a square of registers at a time.
 //!
 //! A square of n vectors of n numbers is transposed by log2(n) rounds, each of which interleaves vector i with vector
 //! i + n/2: a round moves one bit of the row's index into the column's.

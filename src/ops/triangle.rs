@@ -7,9 +7,9 @@ use std::ops::Range;
 pub(crate) enum Triangle {
     /// Anywhere.
     Full,
-    /// A[i][p] = 0 for p > i + this.
+    /// `A[i][p] = 0` for p > i + this.
     Lower(isize),
-    /// A[i][p] = 0 for p < i.
+    /// `A[i][p] = 0` for p < i.
     Upper,
 }
 

@@ -1,6 +1,7 @@
 //! Level 4: the whole model. Its surrogate is written here a second time, on the definition of attention: codes are frozen,
 //! recent keys read `c_z + J (k - k0)` with k0 the keys of the unmoved model and J the estimator's, cached keys read the
-//! codebook (which moves with its parameters, where attention's gradient is to reach them), and the state that is carried in (or handed from block to block, where that is a constant) is that of the unmoved model.
+//! codebook (which moves with its parameters, where attention's gradient is to reach them), and the state that is carried in (or
+//! handed from block to block, where that is a constant) is that of the unmoved model.
 
 use ndarray::{Array2, ArrayD};
 use rand::{RngExt, SeedableRng};

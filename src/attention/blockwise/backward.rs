@@ -56,7 +56,7 @@ pub(in crate::attention) fn add_gradients<T: Scalar>(sums: &mut HeadGradients<T>
 /// Tokens of a segment at least.
 const SEGMENT: usize = 512;
 
-/// [`backward`](super::backward) on checked shapes, each document in at most so many segments, which set the order of sums
+/// [`backward`](fn@super::backward) on checked shapes, each document in at most so many segments, which set the order of sums
 /// (threads do not).
 pub(in crate::attention) fn run_backward<T: Scalar>(
     attention: &VqAttention,

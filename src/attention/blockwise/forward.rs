@@ -47,7 +47,7 @@ impl<'a, T> RowOutputs<'a, T> {
 /// Tokens of a segment at least: enough to repay its buffers and its copy of the cache.
 const SEGMENT: usize = 1024;
 
-/// [`forward`](super::forward) on checked shapes, each document in at most `segments` parts at once, which change no bit of the
+/// [`forward`](fn@super::forward) on checked shapes, each document in at most `segments` parts at once, which change no bit of the
 /// result; returns whether q and v are finite.
 pub(in crate::attention) fn run<T: Scalar>(
     attention: &VqAttention,

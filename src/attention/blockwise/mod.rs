@@ -94,7 +94,7 @@ fn forward_here<T: Scalar>(
 /// `d_out` [T, V].
 ///
 /// # Errors
-/// As [`forward`], and if `saved` comes from a piece of another length.
+/// As [`fn@forward`], and if `saved` comes from a piece of another length.
 pub fn backward<T: Scalar>(
     attention: &VqAttention,
     inputs: &Inputs<'_, T>,

@@ -15,7 +15,7 @@ use crate::ops::triangle::Triangle;
 
 /// The cache of a segment's blocks, the last first: all its keys enter, and what each replaced is kept until it leaves again.
 ///
-/// Memory: a mean value [V] per key of the segment.
+/// Memory: a mean value `[V]` per key of the segment.
 pub(super) struct Replay<T> {
     /// As the current block sees it.
     pub cache: CompressiveCache<T>,

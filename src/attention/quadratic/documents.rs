@@ -10,7 +10,7 @@ use crate::attention::documents::documents;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
 
-/// As [`forward`], where `starts` says which tokens are the first of a document: neither these nor later ones see anything
+/// As [`fn@forward`], where `starts` says which tokens are the first of a document: neither these nor later ones see anything
 /// before them. Without a start at the first token, the document begins there all the same.
 ///
 /// ```
@@ -26,10 +26,10 @@ use crate::{Error, Scalar};
 /// ```
 ///
 /// # Shapes
-/// As [`forward`]; `starts` `[T]`.
+/// As [`fn@forward`]; `starts` `[T]`.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`fn@forward`].
 pub fn forward_documents<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
@@ -53,7 +53,7 @@ pub fn forward_documents<T: Scalar>(
     Ok((out, lse))
 }
 
-/// As [`backward`](super::backward), given where documents start.
+/// As [`fn@backward`], given where documents start.
 ///
 /// # Shapes
 /// `q`, `k`, `v` and `starts` as in [`forward_documents`], `out` [T, V] and `lse` `[T]` from there, `d_out` [T, V].

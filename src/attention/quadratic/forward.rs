@@ -64,7 +64,7 @@ pub(super) fn run<T: Scalar>(given: Given<'_, T>, mut out: ArrayViewMut2<'_, T>,
 
 /// What one task works in.
 struct Buffers<T> {
-    /// The transpose of 64 queries, [K] per tile of the block.
+    /// The transpose of 64 queries, `[K]` per tile of the block.
     q_t: Rows<T>,
     /// (1), then `exp(s - m)`, one row per key.
     scores: Rows<T>,

@@ -80,13 +80,13 @@ pub fn forward<T: Scalar>(
     Ok((out, lse))
 }
 
-/// [`forward`] into arrays that the caller keeps: what they hold does not matter, and those of another shape are replaced.
+/// [`fn@forward`] into arrays that the caller keeps: what they hold does not matter, and those of another shape are replaced.
 ///
 /// # Shapes
-/// `q`, `k`, `v` as in [`forward`]; `out` becomes [T, V], `lse` `[T]`.
+/// `q`, `k`, `v` as in [`fn@forward`]; `out` becomes [T, V], `lse` `[T]`.
 ///
 /// # Errors
-/// As [`forward`]; the arrays are then as they were.
+/// As [`fn@forward`]; the arrays are then as they were.
 pub fn forward_into<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
@@ -159,10 +159,10 @@ impl<T: Scalar> Gradients<T> {
 /// ```
 ///
 /// # Shapes
-/// `q`, `k`, `v` as in [`forward`], `out` [T, V] and `lse` `[T]` from there, `d_out` [T, V].
+/// `q`, `k`, `v` as in [`fn@forward`], `out` [T, V] and `lse` `[T]` from there, `d_out` [T, V].
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`fn@forward`].
 pub fn backward<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
@@ -177,14 +177,14 @@ pub fn backward<T: Scalar>(
     Ok(gradients)
 }
 
-/// [`backward`] into arrays that the caller keeps, as [`forward_into`] does. Those that come fresh from the system cost 4 % of the
+/// [`fn@backward`] into arrays that the caller keeps, as [`forward_into`] does. Those that come fresh from the system cost 4 % of the
 /// time of narrow heads.
 ///
 /// # Shapes
-/// As [`backward`]; `gradients` becomes what it returns.
+/// As [`fn@backward`]; `gradients` becomes what it returns.
 ///
 /// # Errors
-/// As [`backward`]; the gradients are then as they were.
+/// As [`fn@backward`]; the gradients are then as they were.
 pub fn backward_into<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,

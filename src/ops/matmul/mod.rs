@@ -1,7 +1,7 @@
 //! C <- beta C + alpha A B, for matrices of any strides.
 //!
-//! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`in_place`] and [`tile`] it
-//! reads operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that
+//! The only folder with `unsafe`: here it hands pointers and strides to the library that multiplies, in [`in_place`] and [`tile`]
+//! it reads operands without checking every index. One product runs on one thread; callers run several at once, cut in ways that
 //! depend on shapes alone, so that results keep their bits at any number of threads.
 //!
 //! Cost: 2 m n k operations.

@@ -56,7 +56,7 @@ impl<T: Scalar> PackedRows<T> {
     /// Row `row` <- `x`.
     ///
     /// # Shapes
-    /// `x` [columns], of any stride.
+    /// `x` `[columns]`, of any stride.
     pub fn set(&mut self, row: usize, x: ArrayView1<'_, T>) {
         self.set_rows(row, x.insert_axis(Axis(0)));
     }
