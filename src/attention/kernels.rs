@@ -96,10 +96,12 @@ pub(super) fn softmax<S: Simd, T: Scalar>(
 /// `max <- max(max, rows + terms)`, one term per row or none. Maxima stay in registers, which a compiler does not see by itself.
 #[inline(always)]
 pub(super) fn raise<S: Simd, T: Scalar>(simd: S, rows: &[Row<T>], terms: &[T], max: &mut Row<T>) {
+    /// Vectors of maxima: with the term and a score they fit 16 registers, and a row's are one pass with AVX-512.
+    const MAXIMA: usize = 4;
     let lanes = T::Vector::<S>::LEN;
     let load = |row: &Row<T>, lane: usize| T::Vector::<S>::from_slice(simd, &row[lane..lane + lanes]);
-    for first in (0..LANES).step_by(TOGETHER * lanes) {
-        let mut highest: [_; TOGETHER] = std::array::from_fn(|j| load(max, first + j * lanes));
+    for first in (0..LANES).step_by(MAXIMA * lanes) {
+        let mut highest: [_; MAXIMA] = std::array::from_fn(|j| load(max, first + j * lanes));
         for (r, row) in rows.iter().enumerate() {
             let term = T::Vector::<S>::splat(simd, terms.get(r).copied().unwrap_or(T::zero()));
             for (j, highest) in highest.iter_mut().enumerate() {

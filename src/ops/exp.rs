@@ -45,7 +45,7 @@ pub(crate) fn exp<S: Simd, T: Scalar, const N: usize>(
     p
 }
 
-/// Vectors that take their exponentials side by side: one more and a compiler would keep half of them in memory.
+/// Vectors that loops take side by side: with them the queues are full, and they divide a row of lanes in every register size.
 pub(crate) const TOGETHER: usize = 4;
 
 /// `x <- exp(x - shift)`, the same bits wherever an element stands.
