@@ -39,7 +39,7 @@
 //! ```
 //!
 //! # Notation
-//! One letter, one meaning, everywhere in this crate:
+//! What letters mean in this crate, where a page does not say otherwise:
 //!
 //! | letter | meaning |
 //! |---|---|
@@ -48,7 +48,9 @@
 //! | `L` | block length |
 //! | `M` | window length |
 //! | `S` | codes in a codebook |
-//! | `H`, `Hk` | heads; heads of keys and values, where they are fewer than those of queries |
+//! | `H`, `Hk` | heads; heads of keys and values, where they are fewer than those of queries (a codebook has one table per such head) |
+//! | `N` | keys or rows in a list; as a divisor, those that a code has |
+//! | `f` | width of a basis (SimVQ) |
 //! | `K`, `V` | width of a key and of a value, per head |
 //! | `D` | width of the model |
 //!
@@ -100,4 +102,11 @@ pub use error::Error;
 #[cfg(feature = "model")]
 pub use model::{ModelConfig, Transformer};
 pub use ndarray;
+#[cfg(feature = "model")]
+pub use rand;
 pub use scalar::Scalar;
+
+/// The README's code is compiled and run with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -28,7 +28,6 @@
 //! | [`blockwise`] | T (S + M + L) (K + V) | training, encoding, prompts |
 //! | [`stream`] | (S + M) (K + V) per token | decoding |
 //! | [`quadratic`] | T^2 (K + V) | exact attention without a codebook: what speed-ups are measured against |
-//!
 //! | [`bidirectional`] | T S (K + V) | encoders, and queries and keys of two sequences: no order of time |
 //!
 //! A sequence may hold several documents ([`Inputs::starts`]): each form attends to each of them as if it had been fed alone.

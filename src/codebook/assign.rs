@@ -39,7 +39,7 @@ use rayon::prelude::*;
 
 use super::packed::PackedCodewords;
 use crate::compiled::compiled_here;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::{prefetch, product, vector_product};
 use crate::ops::simd::{LANES, Row, Rows, many_registers, on_best_simd};
@@ -68,8 +68,8 @@ pub fn assign_naive<T: Scalar>(
 ) -> Result<Array1<u32>, Error> {
     check_codewords(codewords.insert_axis(Axis(0)))?;
     check_shape("keys", &[keys.nrows(), codewords.ncols()], keys.shape())?;
+    check_memory::<u32>("codes", &[keys.nrows()])?;
     check_finite("keys", keys)?;
-    checked_len("codes", &[keys.nrows()])?;
     Ok(keys
         .outer_iter()
         .map(|key| {
@@ -126,7 +126,7 @@ fn assign_here<T: Scalar>(
 ) -> Result<Array1<u32>, Error> {
     check_codewords(codewords.insert_axis(Axis(0)))?;
     check_shape("keys", &[keys.nrows(), codewords.ncols()], keys.shape())?;
-    checked_len("codes", &[keys.nrows()])?;
+    check_memory::<u32>("codes", &[keys.nrows()])?;
     let mut codes = vec![0; keys.nrows()];
     if !assign_in_tasks(&PackedCodewords::new(codewords), keys, &mut codes) {
         check_finite("keys", keys)?;
@@ -153,8 +153,8 @@ fn assign_heads_here<T: Scalar>(
     let (n_sequences, _, len, _) = keys.dim();
     let (n_heads, _, d_k) = codewords.dim();
     check_shape("keys", &[n_sequences, n_heads, len, d_k], keys.shape())?;
-    let n_codes = checked_len("codes", &[n_sequences, n_heads, len])?;
-    let mut codes = vec![0; n_codes];
+    check_memory::<u32>("codes", &[n_sequences, n_heads, len])?;
+    let mut codes = vec![0; n_sequences * n_heads * len];
     if len > 0 {
         let packed: Vec<_> = codewords.outer_iter().into_par_iter().map(PackedCodewords::new).collect();
         let finite = codes

@@ -19,7 +19,7 @@ use ndarray::{
 use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::prefetch_ahead;
 use crate::ops::rows::{SUMS, sum_of_lanes};
@@ -61,7 +61,7 @@ pub fn backward<T: Scalar>(
     if !weight.is_finite() {
         return Err(Error::invalid("weight", "finite", weight));
     }
-    checked_len("gradient", keys.shape())?;
+    check_memory::<T>("gradient", keys.shape())?;
     let mut d_keys = Array4::zeros(keys.dim());
     if counted > 0 {
         let scale = T::from_f64(2.0 * weight / counted as f64);

@@ -21,7 +21,7 @@ use super::CodeStats;
 use super::assign::check_codewords;
 use super::revive::Replacement;
 use crate::compiled::compiled_here;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
@@ -36,12 +36,12 @@ const LEAST_COUNT: f64 = 0.01;
     serde(deny_unknown_fields, rename_all = "snake_case")
 )]
 pub enum Smoothing {
-    /// Counts below 0.01 do not divide.
+    /// Sums are divided by `max(counts, 0.01)`.
     #[default]
     CountClamp,
-    /// Counts move towards their mean.
+    /// Sums are divided by `(counts + e) / (n + S e) n`, n the sum of a head's counts: counts, moved towards their mean.
     Laplace {
-        /// e of (1): what is added to each count.
+        /// e, what is added to each count.
         epsilon: f64,
     },
 }
@@ -62,6 +62,12 @@ impl Smoothing {
 }
 
 /// The moving sums of keys and counts per code: the state from which the codewords are derived.
+///
+/// ```text
+/// codewords = sums / divisors                                   divisors from the counts: see Smoothing
+/// sums   <- g sums   + (1 - g) (sum of the keys of each code)   at each update, g the decay
+/// counts <- g counts + (1 - g) (number of keys of each code)
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ema<T> {
     sums: Array3<T>,   // [H, S, K]
@@ -119,7 +125,7 @@ impl<T: Scalar> Ema<T> {
     /// As [`Ema::new`].
     pub fn from_codewords(codewords: Array3<T>, decay: f64) -> Result<Self, Error> {
         let (n_heads, n_codes, _) = codewords.dim();
-        checked_len("counts", &[n_heads, n_codes])?;
+        check_memory::<T>("counts", &[n_heads, n_codes])?;
         Self::new(codewords, Array2::ones((n_heads, n_codes)), decay)
     }
 
@@ -233,7 +239,7 @@ impl Ema<f32> {
         decay: f64,
         mut normal: impl FnMut() -> f64,
     ) -> Result<Self, Error> {
-        checked_len("codewords", &[n_heads, n_codes, d_k])?;
+        check_memory::<f32>("codewords", &[n_heads, n_codes, d_k])?;
         let deviation = 1.0 / (n_heads as f64 * n_codes as f64).sqrt();
         let codewords =
             Array3::from_shape_simple_fn((n_heads, n_codes, d_k), || (deviation * normal()) as f32);

@@ -23,7 +23,7 @@ use rayon::prelude::*;
 use super::stats::add_rows_by_code;
 use super::{Rotation, check_codes, directional, rotation};
 use crate::compiled::compiled_here;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::{all_finite, check_finite};
 use crate::{Error, Scalar};
 
@@ -42,7 +42,8 @@ pub enum Estimator {
     /// The gradient of the key is that of the quantized key.
     #[default]
     StraightThrough,
-    /// The gradient is turned and stretched as the codeword must be to become the key.
+    /// The gradient is turned as the codeword must be to point along the key, and stretched by |codeword| / |key| or as
+    /// [`RotationScale`](super::RotationScale) says.
     Rotation(Rotation),
     /// The key gets the gradient without its part along the line from key to codeword; that part is the codeword's.
     Directional,
@@ -62,7 +63,8 @@ impl Estimator {
         }
     }
 
-    /// (2): the gradient of the keys, in the place of that of the quantized keys.
+    /// The gradient of the keys, in the place of that of the quantized keys: `d_k_j = J_j^T d_k^_j`, J the matrix by which this
+    /// estimator takes a key to its codeword.
     ///
     /// Runs on the threads of the current rayon pool.
     ///
@@ -152,7 +154,8 @@ impl Estimator {
         Ok(d)
     }
 
-    /// (3): the gradient of the codewords, for those that learn from it.
+    /// The gradient of the codewords, for those that learn from it: the sum of `d_k^_j` over the keys of each code; under
+    /// [`Directional`](Self::Directional), of what those keys do not get.
     ///
     /// Runs on the threads of the current rayon pool.
     ///
@@ -261,7 +264,7 @@ impl Estimator {
     }
 }
 
-/// (1): the codewords that the codes stand for.
+/// The codewords that the codes stand for, `k^_j = c_{z_j}`, bit for bit.
 ///
 /// # Shapes
 /// `codes` [B, H, T], `codewords` [H, S, K], the quantized keys [B, H, T, K].
@@ -276,7 +279,7 @@ pub fn lookup<T: Scalar>(
     let (n_sequences, n_heads, len) = codes.dim();
     let (_, n_codes, d_k) = codewords.dim();
     check_shape("codewords", &[n_heads, n_codes, d_k], codewords.shape())?;
-    checked_len("quantized keys", &[n_sequences, n_heads, len, d_k])?;
+    check_memory::<T>("quantized keys", &[n_sequences, n_heads, len, d_k])?;
     check_codes(codes, n_codes)?;
     let mut quantized = Array4::zeros((n_sequences, n_heads, len, d_k));
     for (mut quantized, codes) in quantized.outer_iter_mut().zip(codes.outer_iter()) {

@@ -9,7 +9,7 @@
 
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4};
 
-use crate::error::checked_len;
+use crate::error::check_memory;
 use crate::{Error, Scalar};
 
 /// The parts of vectors, as keys.
@@ -24,8 +24,8 @@ pub fn split<T: Scalar>(x: ArrayView3<'_, T>, n_groups: usize) -> Result<Array4<
     if n_groups == 0 || width % n_groups != 0 {
         return Err(Error::invalid("n_groups", format!("a divisor of the width {width}"), n_groups));
     }
-    checked_len("keys", x.shape())?;
     let d_k = width / n_groups;
+    check_memory::<T>("keys", &[n_sequences, len, n_groups, d_k])?;
     let parts = x.to_shape((n_sequences, len, n_groups, d_k)).expect("as many elements");
     Ok(parts.permuted_axes([0, 2, 1, 3]).as_standard_layout().into_owned())
 }
@@ -39,7 +39,7 @@ pub fn split<T: Scalar>(x: ArrayView3<'_, T>, n_groups: usize) -> Result<Array4<
 /// [`Error::TooLarge`].
 pub fn join<T: Scalar>(keys: ArrayView4<'_, T>) -> Result<Array3<T>, Error> {
     let (n_sequences, n_groups, len, d_k) = keys.dim();
-    checked_len("vectors", keys.shape())?;
+    check_memory::<T>("vectors", keys.shape())?;
     let parts = keys.permuted_axes([0, 2, 1, 3]); // [B, T, H, K]
     Ok(parts.to_shape((n_sequences, len, n_groups * d_k)).expect("as many elements").into_owned())
 }

@@ -11,7 +11,7 @@ use ndarray::{Array2, Array3, ArrayView3, ArrayViewD, ArrayViewMutD};
 
 use super::assign::check_codewords;
 use super::{CodeStats, Ema, linear};
-use crate::error::check_shape;
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
@@ -139,6 +139,7 @@ impl<T: Scalar> Learning<T> {
             if width == 0 || n_codes == 0 || d_k == 0 {
                 return Err(Error::Empty { what: if d_k == 0 { "weight" } else { "basis" } });
             }
+            check_memory::<T>("codewords", &[n_heads, n_codes, d_k])?;
         }
         let codewords = self.codewords(parameters);
         check_codewords(codewords.view())?;

@@ -59,7 +59,6 @@
 //! # Ok::<(), transformer_vq::Error>(())
 //! ```
 
-#[allow(missing_docs)]
 pub mod assign;
 pub mod codebook_loss;
 pub mod commitment;

@@ -75,9 +75,9 @@ pub fn loss_and_gradient<T: Scalar>(
     Ok((loss, cosine::backward(codewords, d_units.view())?))
 }
 
-/// S^2, by which (1) divides.
+/// S^2, by which (1) divides; 1 without codewords, whose loss is 0.
 fn pairs<T>(units: ArrayView2<'_, T>) -> f64 {
-    (units.nrows() as f64).powi(2)
+    (units.nrows().max(1) as f64).powi(2)
 }
 
 /// `y_i . y_j` of the i of one block and all j [b, S]; 0 where i = j.

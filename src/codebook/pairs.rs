@@ -15,7 +15,8 @@ use super::assign::check_codewords;
 use crate::ops::simd::on_best_simd;
 use crate::{Error, Scalar};
 
-/// (1), per head `[H]`; infinite for a single code.
+/// The distance of the two codewords nearest to each other, `min_{i < j} |c_i - c_j|`, per head `[H]`; infinite for a single
+/// code.
 ///
 /// # Shapes
 /// `codewords` [H, S, K].

@@ -48,7 +48,7 @@ use rayon::prelude::*;
 use super::assign::assign_heads;
 use super::{CodeStats, Codebook, Estimator, commitment, lookup};
 use crate::compiled::compiled_here;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::finite::check_finite;
 use crate::{Error, Scalar};
 
@@ -80,11 +80,11 @@ impl<T: Scalar> Quantized<T> {
     }
 
     /// What each level leaves, relative to the keys [L, H]: mean squares of both; 0 without error, infinite for keys that are all
-    /// zero.
+    /// zero, NaN for a head that has no mean square.
     pub fn relative_errors(&self) -> Array2<f64> {
-        let relative = |&error: &f64, &square: &f64| if error > 0.0 { error / square } else { 0.0 };
-        let squares = self.mean_squares.broadcast(self.mean_errors.dim()).expect("one per head");
-        Zip::from(&self.mean_errors).and(squares).map_collect(relative)
+        let square = |head: usize| self.mean_squares.get(head).copied().unwrap_or(f64::NAN);
+        let relative = |(_, head), &error: &f64| if error > 0.0 { error / square(head) } else { 0.0 };
+        Zip::indexed(&self.mean_errors).map_collect(relative)
     }
 }
 
@@ -266,8 +266,8 @@ impl<T: Scalar> Residual<T> {
         let (n_heads, d_k) = (self.levels[0].n_heads(), self.levels[0].d_k());
         check_shape("keys", &[n_sequences, n_heads, len, d_k], keys.shape())?;
         check_finite("keys", keys)?;
-        checked_len("codes", &[self.levels.len(), n_sequences, n_heads, len])?;
-        checked_len("keys", keys.shape())?;
+        check_memory::<u32>("codes", &[self.levels.len(), n_sequences, n_heads, len])?;
+        check_memory::<T>("keys", keys.shape())?;
         Ok((Array4::zeros((self.levels.len(), n_sequences, n_heads, len)), keys.to_owned()))
     }
 }

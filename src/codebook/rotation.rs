@@ -52,11 +52,11 @@ pub struct Rotation {
     serde(deny_unknown_fields, rename_all = "snake_case")
 )]
 pub enum RotationVariant {
-    /// lambda and R are constants, as the paper has it (its table 1, and `vector-quantize-pytorch`).
+    /// `d_k = lambda R^T g`, R the rotation that turns k into the direction of c: both are constants, as the paper has it (its table 1, and `vector-quantize-pytorch`).
     #[default]
     Paper,
-    /// `|c| R (k / |k|)` with |c| and R constant but not |k|: what the key's length would feel is left out (the paper's
-    /// tables 3 and 4: VQGAN and ViT-VQGAN).
+    /// `d_k = lambda (I - u u^T) R^T g`, u = k / |k|: the gradient of `|c| R (k / |k|)` with |c| and R constant but not |k|, so
+    /// that what the key's length would feel is left out (the paper's tables 3 and 4: VQGAN and ViT-VQGAN).
     Normalized,
 }
 

@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 use super::{check_codes, check_mask};
 use crate::compiled::compiled_here;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::ops::aligned::LINE;
 use crate::ops::finite::{all_finite, check_finite};
 use crate::ops::matmul::{ask, ask_for_pages, ask_second_level};
@@ -53,8 +53,7 @@ impl<T: Scalar> CodeStats<T> {
     /// # Errors
     /// [`Error::TooLarge`].
     pub fn zeros(n_heads: usize, n_codes: usize, d_k: usize) -> Result<Self, Error> {
-        checked_len("stats", &[n_heads, n_codes, d_k])?;
-        checked_len("stats", &[n_heads, n_codes])?;
+        check_size::<T>(n_heads, n_codes, d_k)?;
         Ok(Self { sums: Array3::zeros((n_heads, n_codes, d_k)), counts: Array2::zeros((n_heads, n_codes)) })
     }
 
@@ -94,7 +93,7 @@ impl<T: Scalar> CodeStats<T> {
         check_shape("codes", &[n_sequences, n_heads, len], codes.shape())?;
         check_mask(mask, n_sequences, len)?;
         check_codes(codes, n_codes)?;
-        checked_len("stats", &[n_heads, n_codes, d_k])?;
+        check_size::<T>(n_heads, n_codes, d_k)?;
         let stats = Self::collect_checked(keys, codes, n_codes, mask);
         // A key that is not finite makes a sum that is not; those that do not count are in no sum.
         if mask.is_some() || !stats.sums.outer_iter().all(|sums| all_finite(sums)) {
@@ -170,7 +169,7 @@ impl<T: Scalar> CodeStats<T> {
         self.counts.view()
     }
 
-    /// (2): the fraction of codes that were used, per head `[H]`.
+    /// The fraction of codes that were used, per head `[H]`.
     pub fn usage(&self) -> Array1<f64> {
         self.counts.map_axis(Axis(1), |counts| {
             let used = counts.iter().filter(|&&n| n > 0).count();
@@ -178,7 +177,8 @@ impl<T: Scalar> CodeStats<T> {
         })
     }
 
-    /// (3): how unlike each other the codes of keys are, in nats, per head `[H]`; from 0 to ln S, and 0 if nothing was counted.
+    /// How unlike each other the codes of keys are, in nats, per head `[H]`: `- sum_s p_s ln p_s`, p_s the part of the keys that
+    /// code s has; from 0 to ln S, and 0 if nothing was counted.
     pub fn entropy(&self) -> Array1<f64> {
         self.counts.map_axis(Axis(1), |counts| {
             let total: f64 = counts.iter().map(|&n| n as f64).sum();
@@ -188,8 +188,8 @@ impl<T: Scalar> CodeStats<T> {
         })
     }
 
-    /// (3): how many codes, used equally often, would be as varied, per head `[H]`; from 1 to S, and 0 if nothing was
-    /// counted.
+    /// How many codes, used equally often, would be as varied, per head `[H]`: `exp(entropy)`; from 1 to S, and 0 if nothing
+    /// was counted.
     pub fn perplexity(&self) -> Array1<f64> {
         let mut perplexity = self.entropy().exp();
         Zip::from(&mut perplexity).and(self.counts.rows()).for_each(|perplexity, counts| {
@@ -199,6 +199,12 @@ impl<T: Scalar> CodeStats<T> {
         });
         perplexity
     }
+}
+
+/// Checks that there is memory for sums and counts.
+fn check_size<T>(n_heads: usize, n_codes: usize, d_k: usize) -> Result<(), Error> {
+    check_memory::<T>("stats", &[n_heads, n_codes, d_k])?;
+    check_memory::<u64>("stats", &[n_heads, n_codes])
 }
 
 /// Cuts so many keys, all sequences of a batch in turn, into stretches of about the same length.

@@ -44,7 +44,7 @@ impl<'m, T: Scalar> Generator<'m, T> {
     /// Begins a stream; the same seed writes the same tokens.
     ///
     /// # Errors
-    /// As [`Sampler::validate`].
+    /// As [`Sampler::validate`], and [`Error::TooLarge`].
     pub fn new(model: &'m Transformer<T>, sampler: Sampler, seed: u64) -> Result<Self, Error> {
         sampler.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(seed);

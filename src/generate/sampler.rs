@@ -72,7 +72,7 @@ impl Sampler {
         }
     }
 
-    /// Draws a token. Takes one number from `rng`, or none at a temperature of 0.
+    /// Draws a token. Takes one number from `rng`, any generator of [`rand`], or none at a temperature of 0.
     ///
     /// # Shapes
     /// `logits` `[vocab_size]`; minus infinity marks a token that is never drawn.

@@ -3,7 +3,7 @@
 use ndarray::{Array1, ArrayView1, ArrayView2, Axis};
 
 use crate::error::check_shape;
-use crate::model::{ModelState, Prepared, Transformer};
+use crate::model::{ModelState, Prepared, Transformer, check_tokens};
 use crate::ops::cross_entropy;
 use crate::{Error, Scalar};
 
@@ -115,6 +115,7 @@ pub fn log_probabilities<T: Scalar>(
     if piece_len == 0 {
         return Err(Error::invalid("piece_len", "at least 1", piece_len));
     }
+    check_tokens("text", text.insert_axis(Axis(0)), None, model.config().vocab_size)?;
     let mut scorer = Scorer::new(model)?;
     let (tokens, targets) = (text.slice(ndarray::s![..-1]), text.slice(ndarray::s![1..]));
     let mut all = Vec::with_capacity(targets.len());

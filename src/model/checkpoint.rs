@@ -107,7 +107,7 @@ pub(crate) fn write<'a, T: Scalar>(
 
     std::fs::create_dir_all(folder).map_err(|e| io_error(folder, "create", &e))?;
     let [a, b] = TENSOR_FILES;
-    let name = if name_in_use(folder).as_deref() == Some(a) { b } else { a };
+    let name = if name_in_use(folder)?.as_deref() == Some(a) { b } else { a };
     TensorFile::write(folder.join(name), tensors, &BTreeMap::from([(CONFIG.into(), config)]))?;
 
     let manifest = Manifest {
@@ -126,11 +126,17 @@ pub(crate) fn write<'a, T: Scalar>(
     Ok(())
 }
 
-/// The tensor file that the checkpoint in this folder names, however old or new its format is.
-fn name_in_use(folder: &Path) -> Option<String> {
-    let json = std::fs::read(folder.join(MANIFEST)).ok()?;
-    let manifest: serde_json::Value = serde_json::from_slice(&json).ok()?;
-    Some(manifest.get("tensors")?.as_str()?.to_string())
+/// The tensor file that the checkpoint in this folder names, if there is one, however old or new its format is. One that cannot
+/// be read is an error: it may name any.
+fn name_in_use(folder: &Path) -> Result<Option<String>, Error> {
+    let path = folder.join(MANIFEST);
+    let json = match std::fs::read(&path) {
+        Ok(json) => json,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error(&path, "read", &e)),
+    };
+    let manifest: Option<serde_json::Value> = serde_json::from_slice(&json).ok();
+    Ok(manifest.and_then(|manifest| Some(manifest.get("tensors")?.as_str()?.to_string())))
 }
 
 /// An array to be saved. Numbers that could not be loaded again must not replace those that can.

@@ -161,7 +161,9 @@ pub(super) fn check<T: Scalar>(
     for (unit, learning) in config.codebook_units().zip(learning) {
         let layer = &parameters.layers[unit];
         let fits = match (&config.learning, learning) {
-            (LearningConfig::Ema { smoothing }, Learning::Ema(ema)) => ema.smoothing() == *smoothing,
+            (LearningConfig::Ema { smoothing }, Learning::Ema(ema)) => {
+                ema.smoothing() == *smoothing && ema.decay() == config.codebook_decay
+            }
             (LearningConfig::Gradient(_), Learning::Gradient) => true,
             (LearningConfig::Linear { learned_basis, .. }, Learning::Linear(basis)) => {
                 *learned_basis == (*basis == Basis::Learned)
@@ -170,7 +172,7 @@ pub(super) fn check<T: Scalar>(
             _ => false,
         };
         if !fits {
-            let expected = format!("learning by {:?}", config.learning);
+            let expected = format!("learning by {:?}, decay {}", config.learning, config.codebook_decay);
             return Err(Error::invalid("codebooks", expected, kind(learning)));
         }
         let (n_heads, n_codes, d_k) = learning.check(&layer.codebook)?;
@@ -182,7 +184,7 @@ pub(super) fn check<T: Scalar>(
 
 fn kind<T: Scalar>(learning: &Learning<T>) -> String {
     match learning {
-        Learning::Ema(ema) => format!("moving averages with {:?}", ema.smoothing()),
+        Learning::Ema(ema) => format!("moving averages with {:?}, decay {}", ema.smoothing(), ema.decay()),
         Learning::Gradient => "by gradient".into(),
         Learning::Linear(Basis::Learned) => "a learned basis".into(),
         Learning::Linear(Basis::Frozen(_)) => "a frozen basis".into(),

@@ -73,7 +73,8 @@ pub struct ModelConfig {
     /// gradients in less memory, for a third more time.
     #[serde(default)]
     pub recompute: bool,
-    /// How gradients pass from quantized keys to keys.
+    /// How gradients pass from quantized keys to keys: directional by default, as the best that was measured; a file that does
+    /// not say means straight-through, as the published model.
     #[serde(default)]
     pub estimator: Estimator,
     /// What codewords begin as.

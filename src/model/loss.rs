@@ -20,13 +20,13 @@ use crate::{Error, Scalar};
 /// The losses of a batch, their gradients, and what every unit reports.
 #[derive(Debug, Clone)]
 pub struct LossAndGradients<T> {
-    /// (1), nats per token.
+    /// The mean of `-log softmax(logits)[target]` over the positions that count, nats per token.
     pub loss: f64,
     /// Commitment loss, summed over units, without its weight.
     pub commit_loss: f64,
-    /// (2).
+    /// `loss + (commit_weight + codebook_weight) commit_loss`, the latter weight for codebooks that learn by gradient.
     pub total: f64,
-    /// Of (2).
+    /// Of `total`.
     pub gradients: Parameters<T>,
     /// One per unit.
     pub layers: Vec<LayerReport<T>>,

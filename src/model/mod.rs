@@ -10,7 +10,7 @@
 //!
 //! | for | set |
 //! |---|---|
-//! | the published model: one gated head, no feed-forward | nothing, or [`ModelConfig::enwik8`] and its like |
+//! | the published model: one gated head, no feed-forward | `estimator: Estimator::StraightThrough`, or [`ModelConfig::enwik8`] and its like |
 //! | multi-head attention | `n_heads`, `gate: false` |
 //! | grouped or multi-query heads | `n_key_heads` |
 //! | a feed-forward branch | `feed_forward` |
@@ -40,7 +40,7 @@
 //! An [`Encoder`] reads whole sequences, with bidirectional attention in the same units: it fills in masked tokens or tells
 //! classes of sequences ([`EncoderConfig`]).
 //!
-//! Read in this order: [`ModelConfig`], `layer`, [`Transformer`]; then [`EncoderConfig`], [`Encoder`].
+//! Read in this order: [`ModelConfig`], [`Transformer`], in the sources `layer`; then [`EncoderConfig`], [`Encoder`].
 
 mod atomic_file;
 mod buffers;
@@ -80,3 +80,4 @@ pub use prepared::Prepared;
 pub use state::{ModelState, UnitState};
 pub use tensor_file::{Tensor, TensorFile};
 pub use transformer::Transformer;
+pub(crate) use transformer::check_tokens;

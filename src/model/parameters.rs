@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use super::{FeedForward, FeedForwardKind, LearningConfig, ModelConfig};
 use crate::codebook::CodebookParameters;
 use crate::compiled::compiled_here;
-use crate::error::check_shape;
+use crate::error::{check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// Everything that the optimizer moves. Codebooks that learn by moving averages are not among it.
@@ -100,8 +100,8 @@ pub struct ParameterMut<'a, T> {
 
 impl Parameters<f32> {
     /// Weights N(0, 1/fan_in), embeddings N(0, 1), biases 0, gains 1.
-    pub(super) fn random(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Self {
-        let mut parameters = Self::zeros(config);
+    pub(super) fn random(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Result<Self, Error> {
+        let mut parameters = Self::for_config(config)?;
         let ModelConfig { d_model, n_heads, d_v, .. } = *config;
         fill_normal(&mut parameters.embedding, 1.0, rng);
         for layer in &mut parameters.layers {
@@ -132,7 +132,7 @@ impl Parameters<f32> {
         if let Some(output) = &mut parameters.output {
             fill_for(output, d_model, rng);
         }
-        parameters
+        Ok(parameters)
     }
 }
 
@@ -153,6 +153,12 @@ pub(super) fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
 }
 
 impl<T: Scalar> Parameters<T> {
+    /// [`zeros`](Self::zeros) of a configuration whose numbers may be more than there is memory for.
+    pub(super) fn for_config(config: &ModelConfig) -> Result<Self, Error> {
+        check_numbers::<T>(config.n_parameters())?;
+        Ok(Self::zeros(config))
+    }
+
     /// The arrays of a valid configuration, all zero: gradients before backward, moments before the first step.
     pub(crate) fn zeros(config: &ModelConfig) -> Self {
         compiled_here!(T, Parameters::<T>::zeros_here, fn(&ModelConfig) -> Parameters<T>)(config)
@@ -277,12 +283,16 @@ impl<T: Scalar> Parameters<T> {
         described.into_iter().zip(values).map(name).collect()
     }
 
-    /// Checks that `other` has arrays of the same shapes.
+    /// Checks that `other` has arrays of the same names and shapes.
     pub(crate) fn check_like(&self, what: &'static str, other: &Self) -> Result<(), Error> {
         let (mine, theirs) = (self.views(), other.views());
         check_shape(what, &[mine.len()], &[theirs.len()])?;
-        let mut pairs = mine.iter().zip(&theirs);
-        pairs.try_for_each(|(mine, theirs)| check_shape(what, mine.value.shape(), theirs.value.shape()))
+        mine.iter().zip(&theirs).try_for_each(|(mine, theirs)| {
+            if mine.name != theirs.name {
+                return Err(Error::invalid(what, format!("`{}`", mine.name), format!("`{}`", theirs.name)));
+            }
+            check_shape(what, mine.value.shape(), theirs.value.shape())
+        })
     }
 
     /// Numbers in all arrays.
@@ -303,6 +313,11 @@ impl<T: Scalar> Parameters<T> {
         }
         cast
     }
+}
+
+/// Checks that there is memory for so many numbers.
+pub(super) fn check_numbers<T>(n_parameters: u128) -> Result<(), Error> {
+    check_memory::<T>("parameters", &[usize::try_from(n_parameters).unwrap_or(usize::MAX)])
 }
 
 /// What the optimizer moves of a codebook, all zero.

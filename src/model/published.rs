@@ -159,7 +159,9 @@ fn parameters_to_tensors_here<T: Scalar>(
     config: &ModelConfig,
     parameters: &Parameters<T>,
 ) -> Result<Tensors<T>, Error> {
+    config.validate()?;
     check_published(config)?;
+    Parameters::for_config(config)?.check_like("parameters", parameters)?;
     let mut tensors = Tensors::new();
     let mut add = |name: String, array: ArrayD<T>| tensors.insert(name, array);
     add("token_embedder.embs".into(), parameters.embedding.clone().into_dyn());
@@ -194,7 +196,6 @@ fn parameters_to_tensors_here<T: Scalar>(
         add("u", flat(&layer.content_bias));
         add("v", flat(&layer.position_bias));
     }
-    debug_assert_eq!(parameters.layers.len(), config.n_layers);
     Ok(tensors)
 }
 
@@ -215,7 +216,7 @@ fn from_tensors_here<T: Scalar>(
 ) -> Result<Transformer<T>, Error> {
     config.validate()?;
     check_published(&config)?;
-    let mut parameters = Parameters::zeros(&config);
+    let mut parameters = Parameters::for_config(&config)?;
     let source = &mut tensors;
     take(source, "token_embedder.embs", &mut parameters.embedding)?;
     if let Some(output) = &mut parameters.output {

@@ -19,7 +19,7 @@ impl ModelConfig {
             size(&[vocab, d]),
             u128::from(self.absolute_positions),
             self.n_unit_parameters().saturating_mul(self.n_layers as u128),
-            self.n_codebook_parameters().saturating_mul(self.codebook_units().count() as u128),
+            self.n_codebook_parameters().saturating_mul(self.n_codebooks()),
             if self.final_norm { size(&[2, d]) } else { 0 },
             if self.tied_embedding { 0 } else { size(&[d, vocab]) },
             size(&[vocab]),
@@ -30,9 +30,9 @@ impl ModelConfig {
     /// [`ModelState::size_in_bytes`](super::ModelState::size_in_bytes), but for room that units of exact attention have made
     /// for tokens to come.
     pub fn state_bytes(&self, batch: usize, position: u64, bytes_per_number: usize) -> u128 {
-        let per_head = (0..self.n_layers).map(|unit| match self.unit(unit) {
+        let of_unit = |kind| match kind {
             UnitKind::Quadratic => {
-                let numbers = u128::from(position).saturating_mul(size(&[self.d_k + self.d_v]));
+                let numbers = u128::from(position).saturating_mul(self.key_and_value());
                 sum([numbers.saturating_mul(bytes_per_number as u128), size(&[3, size_of::<usize>()])])
             }
             UnitKind::Vq | UnitKind::Window => {
@@ -41,8 +41,8 @@ impl ModelConfig {
                 // Counts, codes, the position.
                 sum([numbers.saturating_mul(bytes_per_number as u128), size(&[8, s]), size(&[4, m]), 8])
             }
-        });
-        sum(per_head).saturating_mul(size(&[batch, self.key_heads()]))
+        };
+        self.sum_of_units(of_unit).saturating_mul(size(&[batch, self.key_heads()]))
     }
 
     /// Multiplications and additions in the products of one token that is decoded after `position` others: two per weight of
@@ -54,24 +54,41 @@ impl ModelConfig {
     /// `(position + 1) (K + V)` and the biases.
     pub fn operations_per_token(&self, position: u64) -> u128 {
         let (h, key_heads, k, v) = (self.n_heads, self.key_heads(), self.d_k, self.d_v);
-        let (s, held) = (
-            self.n_codes,
-            usize::try_from(position).map_or(self.attention.window, |p| p.min(self.attention.window)),
-        );
-        let biases = size(&[self.attention.window + 1, k]);
-        let attention = (0..self.n_layers).map(|unit| {
-            let kind = self.unit(unit);
+        let (s, window) = (self.n_codes as u128, self.attention.window as u128);
+        let held = window.min(position.into());
+        let biases = (window + 1).saturating_mul(k as u128);
+        let of_unit = |kind| {
             if kind == UnitKind::Quadratic {
-                let pairs = (u128::from(position) + 1).saturating_mul(size(&[k + v]));
+                let pairs = (u128::from(position) + 1).saturating_mul(self.key_and_value());
                 return pairs.saturating_add(biases).saturating_mul(h as u128);
             }
             let cached = if self.attention.cache && kind == UnitKind::Vq { s } else { 0 };
-            let per_query = sum([size(&[s + held, k]), biases, size(&[cached + held + 1, v])]);
-            per_query.saturating_mul(h as u128).saturating_add(size(&[key_heads, s, k]))
-        });
+            let scores = (s + held).saturating_mul(k as u128);
+            let per_query = sum([scores, biases, (cached + held + 1).saturating_mul(v as u128)]);
+            per_query.saturating_mul(h as u128).saturating_add(size(&[key_heads, self.n_codes, k]))
+        };
         let matrices = self.n_unit_matrices().saturating_mul(self.n_layers as u128);
         let logits = size(&[self.d_model, self.vocab_size]);
-        sum([sum(attention), matrices, logits]).saturating_mul(2)
+        sum([self.sum_of_units(of_unit), matrices, logits]).saturating_mul(2)
+    }
+
+    /// K + V.
+    fn key_and_value(&self) -> u128 {
+        self.d_k as u128 + self.d_v as u128
+    }
+
+    /// The sum of `of_unit` over all units, each of the kinds taken once: there may be any number of units.
+    fn sum_of_units(&self, of_unit: impl Fn(UnitKind) -> u128) -> u128 {
+        let period = self.units.len().clamp(1, self.n_layers.max(1));
+        sum((0..period.min(self.n_layers)).map(|first| {
+            let n_units = (self.n_layers - first).div_ceil(period);
+            of_unit(self.unit(first)).saturating_mul(n_units as u128)
+        }))
+    }
+
+    /// Units that have a codebook.
+    fn n_codebooks(&self) -> u128 {
+        self.sum_of_units(|kind| kind.has_codebook().into())
     }
 
     /// Weights of one unit's matrices that each token is multiplied with.

@@ -57,11 +57,11 @@ impl Transformer<f32> {
     /// A model with random weights: the same for the same seed.
     ///
     /// # Errors
-    /// As [`ModelConfig::validate`].
+    /// As [`ModelConfig::validate`], and [`Error::TooLarge`] for more numbers than there is memory for.
     pub fn new(config: ModelConfig, seed: u64) -> Result<Self, Error> {
         config.validate()?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let parameters = Parameters::random(&config, &mut rng);
+        let parameters = Parameters::random(&config, &mut rng)?;
         let learning =
             config.codebook_units().map(|_| codebooks::begin(&config, &mut rng)).collect::<Result<_, _>>()?;
         Ok(Transformer { config, parameters, learning, buffers: Arc::default() })
@@ -72,8 +72,8 @@ impl<T: Scalar> Transformer<T> {
     /// A model from its parts: `learning`, one per unit that has a codebook, is what the optimizer does not move of it.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an array that does not belong to the configuration, [`Error::NotFinite`], [`Error::Invalid`] for
-    /// codebooks that learn otherwise than it says, and what [`ModelConfig::validate`] says.
+    /// [`Error::Shape`] or [`Error::Invalid`] for arrays that the configuration does not have, [`Error::NotFinite`],
+    /// [`Error::Invalid`] for codebooks that learn otherwise than it says, and what [`Transformer::new`] says.
     pub fn from_parts(
         config: ModelConfig,
         parameters: Parameters<T>,
@@ -92,7 +92,7 @@ impl<T: Scalar> Transformer<T> {
         learning: Vec<Learning<T>>,
     ) -> Result<Self, Error> {
         config.validate()?;
-        Parameters::zeros(&config).check_like("parameters", &parameters)?;
+        Parameters::for_config(&config)?.check_like("parameters", &parameters)?;
         parameters.views().iter().try_for_each(|p| check_finite("parameters", p.value.view()))?;
         codebooks::check(&config, &parameters, &learning)?;
         Ok(Transformer { config, parameters, learning, buffers: Arc::default() })
@@ -178,7 +178,7 @@ impl<T: Scalar> Transformer<T> {
             }
             let (n_heads, &ModelConfig { d_k, d_v, .. }) = (self.config.key_heads(), &self.config);
             check_memory::<KeyValues<T>>("states", &[batch, n_heads])?;
-            Ok(UnitState::Quadratic(Array2::from_elem((batch, n_heads), KeyValues::new(d_k, d_v))))
+            Ok(UnitState::Quadratic(Array2::from_elem((batch, n_heads), KeyValues::new(d_k, d_v)?)))
         };
         Ok(ModelState { layers: (0..self.config.n_layers).map(new).collect::<Result<_, Error>>()? })
     }
@@ -279,7 +279,7 @@ pub(super) fn flat<E: Clone>(array: &Array2<E>) -> ndarray::Array1<E> {
 }
 
 /// Checks that the tokens which count are below the size of the vocabulary.
-pub(super) fn check_tokens(
+pub(crate) fn check_tokens(
     what: &'static str,
     tokens: ArrayView2<'_, u32>,
     mask: Option<&ArrayView2<'_, bool>>,

@@ -16,7 +16,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use super::rows;
 use super::simd::on_best_simd;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// Exponentials that are added in the type itself before their sum is added in f64.
@@ -35,7 +35,7 @@ pub fn forward_backward<T: Scalar>(
     targets: ArrayView1<'_, u32>,
     mask: Option<ArrayView1<'_, bool>>,
 ) -> Result<(f64, Array2<T>), Error> {
-    let targets = targets_that_count(logits.dim(), targets, mask)?;
+    let targets = targets_that_count::<T>(logits.dim(), targets, mask)?;
     let n = targets.iter().flatten().count() as f64;
     let mut d_logits = rows::zeros("d_logits", logits.dim())?;
     let losses = rows::map(logits.dim(), [logits], [&mut d_logits], |i, [x], [d_x]| {
@@ -69,7 +69,7 @@ pub fn loss<T: Scalar>(
     targets: ArrayView1<'_, u32>,
     mask: Option<ArrayView1<'_, bool>>,
 ) -> Result<f64, Error> {
-    let targets = targets_that_count(logits.dim(), targets, mask)?;
+    let targets = targets_that_count::<T>(logits.dim(), targets, mask)?;
     let losses = rows::map(logits.dim(), [logits], [], |i, [x], []| match targets[i] {
         None => 0.0,
         Some(target) => -on_best_simd!(log_probability_in_row(x, target)),
@@ -89,7 +89,7 @@ pub fn log_probabilities<T: Scalar>(
     logits: ArrayView2<'_, T>,
     targets: ArrayView1<'_, u32>,
 ) -> Result<Array1<T>, Error> {
-    let targets = Vec::from_iter(targets_that_count(logits.dim(), targets, None)?.into_iter().flatten());
+    let targets = Vec::from_iter(targets_that_count::<T>(logits.dim(), targets, None)?.into_iter().flatten());
     let log_p = rows::map(logits.dim(), [logits], [], |i, [x], []| {
         T::from_f64(on_best_simd!(log_probability_in_row(x, targets[i])))
     });
@@ -159,12 +159,12 @@ fn mean(losses: &[f64], n: f64) -> f64 {
 }
 
 /// The target of each row that counts; the targets of the others are not looked at.
-fn targets_that_count(
+fn targets_that_count<T>(
     (n, vocab): (usize, usize),
     targets: ArrayView1<'_, u32>,
     mask: Option<ArrayView1<'_, bool>>,
 ) -> Result<Vec<Option<usize>>, Error> {
-    checked_len("logits", &[n, vocab])?; // a view can be larger than any array
+    check_memory::<T>("logits", &[n, vocab])?; // a view can be larger than any array
     check_shape("targets", &[n], targets.shape())?;
     if let Some(mask) = mask {
         check_shape("mask", &[n], mask.shape())?;

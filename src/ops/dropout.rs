@@ -17,6 +17,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
 use super::rows::ELEMENTS_PER_TASK;
+use crate::error::check_memory;
 use crate::{Error, Scalar};
 
 /// Four numbers that name a mask: they are the key of ChaCha, so two streams that differ in one have nothing in common.
@@ -98,14 +99,15 @@ pub fn apply_from_row<T: Scalar>(
 /// n factors of (1), 0 or 1 / (1 - rate), from the one that is called `first` on.
 ///
 /// # Errors
-/// As [`check_rate`].
+/// As [`check_rate`], and [`Error::TooLarge`].
 pub fn factors<T: Scalar>(first: u64, n: usize, rate: f64, stream: Stream) -> Result<Vec<T>, Error> {
     check_rate("rate", rate)?;
+    check_memory::<T>("factors", &[n])?;
     Ok(factors_from(first.into(), rate, stream).take(n).collect())
 }
 
 fn factors_from<T: Scalar>(n: u128, rate: f64, stream: Stream) -> impl Iterator<Item = T> {
-    let threshold = (rate * (1u64 << 32) as f64) as u64;
+    let threshold = (rate * (1u64 << 32) as f64).ceil() as u64;
     let kept = T::from_f64((1.0 - rate).recip());
     stream.words(n).map(move |word| if u64::from(word) >= threshold { kept } else { T::zero() })
 }

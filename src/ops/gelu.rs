@@ -18,7 +18,7 @@ use ndarray::{Array2, ArrayView2};
 use super::rows;
 use super::silu::sigmoid;
 use super::simd::{fused, on_best_simd};
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// y = gelu(x), formula (1). Absolute error at most 4 epsilon |x|.
@@ -55,7 +55,7 @@ fn forward_row<T: Scalar>(fused: bool, x: &[T], y: &mut [T]) {
 /// `Shape` if `d_y` is not shaped as `x`.
 pub fn backward<T: Scalar>(x: ArrayView2<'_, T>, d_y: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
     check_shape("d_y", x.shape(), d_y.shape())?;
-    checked_len("d_x", x.shape())?;
+    check_memory::<T>("d_x", x.shape())?;
     let mut d_x = d_y.as_standard_layout().into_owned();
     backward_in_place(x, &mut d_x);
     Ok(d_x)

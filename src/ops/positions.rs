@@ -12,6 +12,7 @@
 use ndarray::Array2;
 
 use super::rows;
+use crate::error::check_memory;
 use crate::{Error, Scalar};
 
 /// The sinusoids of positions `start` to `start + count - 1`, formula (1).
@@ -21,7 +22,7 @@ use crate::{Error, Scalar};
 ///
 /// # Errors
 /// `Invalid` if `width` is odd or 0, `lambda` is not a finite number from 1 up, or a position does not fit in 64 bits;
-/// `TooLarge` if the result cannot exist.
+/// `TooLarge` if there is no memory for the result.
 pub fn sinusoids<T: Scalar>(start: u64, count: usize, width: usize, lambda: f64) -> Result<Array2<T>, Error> {
     if width == 0 || !width.is_multiple_of(2) {
         return Err(Error::invalid("width", "even and at least 2", width));
@@ -34,6 +35,7 @@ pub fn sinusoids<T: Scalar>(start: u64, count: usize, width: usize, lambda: f64)
     }
     let mut y = rows::zeros("sinusoids", (count, width))?;
     let half = width / 2;
+    check_memory::<f64>("sinusoids", &[half])?;
     let wavelengths = Vec::from_iter((0..half).map(|m| lambda.powf((2 * m) as f64 / width as f64)));
     rows::map((count, width), [], [&mut y], |p, [], [y]| {
         let position = (start + p as u64) as f64;

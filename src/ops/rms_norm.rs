@@ -17,7 +17,7 @@ use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1};
 
 use super::rows;
 use super::simd::on_best_simd;
-use crate::error::{check_shape, checked_len};
+use crate::error::{check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// Added to the mean square, so that a row of zeros has a norm.
@@ -160,7 +160,7 @@ pub fn backward_affine<T: Scalar>(
 ) -> Result<Array2<T>, Error> {
     check_groups(x.ncols(), 1)?;
     check_shape("d_y", x.shape(), d_y.shape())?;
-    checked_len("d_x", x.shape())?;
+    check_memory::<T>("d_x", x.shape())?;
     let mut d_x = d_y.as_standard_layout().into_owned();
     backward_affine_in_place(x, saved, gain, &mut d_x, d_gain, d_bias)?;
     Ok(d_x)

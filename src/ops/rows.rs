@@ -7,7 +7,7 @@
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, Ix2};
 use rayon::prelude::*;
 
-use crate::error::checked_len;
+use crate::error::check_memory;
 use crate::{Error, Scalar};
 
 /// Elements that one task takes: tens of microseconds of work, far above what giving it to another thread costs.
@@ -19,12 +19,12 @@ fn per_task(width: usize) -> usize {
     (ELEMENTS_PER_TASK / width.max(1)).clamp(16, 256)
 }
 
-/// Zeros of shape [rows, width], if such an array can exist.
+/// Zeros of shape [rows, width], if there is memory for them.
 pub(crate) fn zeros<T: Scalar>(
     what: &'static str,
     (rows, width): (usize, usize),
 ) -> Result<Array2<T>, Error> {
-    checked_len(what, &[rows, width])?;
+    check_memory::<T>(what, &[rows, width])?;
     Ok(Array2::zeros((rows, width)))
 }
 

@@ -103,7 +103,8 @@ impl<T: Scalar> Gradients<T> {
         })
     }
 
-    /// (2): takes in what other positions say, of the same model. Keys are those of `self`, then the others.
+    /// Takes in what other positions say, of the same model: means over n_a and n_b positions become means over all of them,
+    /// statistics and counts are added. Keys are those of `self`, then the others.
     ///
     /// # Errors
     /// [`Error::Shape`] if arrays differ in more than the number of sequences. Nothing has been merged then.

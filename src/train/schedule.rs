@@ -51,14 +51,15 @@ pub struct Schedule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
-    /// (2): half a cosine.
+    /// Half a cosine: `alpha + (1 - alpha) (1 + cos(pi x)) / 2`, x the part of the time after the warm-up that is over.
     #[default]
     Cosine,
-    /// (3): a line.
+    /// A line: `alpha + (1 - alpha) (1 - x)`.
     Linear,
-    /// (4): as one over the square root of the step, whatever the length of the run. Needs a warm-up.
+    /// As one over the square root of the step n, whatever the length of the run: `max(alpha, sqrt(W / n))` after W steps of
+    /// warm-up. Needs a warm-up.
     InverseSquareRoot,
-    /// (5): not at all.
+    /// Not at all.
     Constant,
 }
 

@@ -275,7 +275,6 @@ impl<T: Scalar> Trainer<T> {
         factor: f64,
         hook: Hook<'_, T>,
     ) -> Result<StepReport, Error> {
-        let pending = self.pending.take();
         check_factor(factor)?;
         self.model.parameters().check_like("gradients", &gradients.parameters)?;
         // (3), the norm of what is trained
@@ -296,12 +295,11 @@ impl<T: Scalar> Trainer<T> {
             return Err(Error::Diverged { step: self.steps, loss, checkpoint: self.last_checkpoint.clone() });
         }
         // (2) before (4): it can refuse, and then nothing may have changed.
-        let (moved, started) = pending
-            .map_or((None, None), |pending| (Some((pending.state, pending.sequence)), pending.started));
+        let started = self.pending.as_ref().and_then(|pending| pending.started.clone());
         self.learn_codebooks(&gradients, started)?;
         // (4)
         self.move_parameters(&gradients, factor, self.optimizer.gradient_scale(gradient_norm));
-        if let Some((state, sequence)) = moved {
+        if let Some(Pending { state, sequence, .. }) = self.pending.take() {
             (self.state, self.sequence) = (Some(state), sequence);
         }
         self.steps += 1;

@@ -271,7 +271,7 @@ fn pieces_equal_the_definition(t: usize, from: usize, window: usize) {
     let d = naive::backward(&attention, &inputs, k.view(), &state, counted.view()).unwrap();
 
     let (piece, d_out) = (s![from.., ..], d_out.slice(s![from.., ..]));
-    let mut all = KeyValues::new(d_k, d_v);
+    let mut all = KeyValues::new(d_k, d_v).unwrap();
     all.push(k.slice(s![..from, ..]), v.slice(s![..from, ..])).unwrap();
     all.push(k.slice(piece), v.slice(piece)).unwrap();
     assert_eq!((all.keys(), all.values(), all.position()), (k.view(), v.view(), t as u64));
@@ -292,7 +292,7 @@ fn pieces_equal_the_definition(t: usize, from: usize, window: usize) {
     close("w", relative_rms(&got.position, &d.position));
     close("r", relative_rms(&got.relative, &d.relative));
     // A token at a time.
-    let mut all = KeyValues::new(d_k, d_v);
+    let mut all = KeyValues::new(d_k, d_v).unwrap();
     for i in 0..t.min(150) {
         all.push(k.slice(s![i..=i, ..]), v.slice(s![i..=i, ..])).unwrap();
         let (one, lse) = quadratic::attend(inputs.q.slice(s![i..=i, ..]), Some(biases), &all).unwrap();
@@ -314,8 +314,11 @@ fn pieces_with_biases_equal_the_definition() {
 
 #[test]
 fn keys_and_values_are_checked_and_kept() {
+    for (d_k, d_v) in [(usize::MAX, 1), (1, usize::MAX)] {
+        assert!(matches!(KeyValues::<f32>::new(d_k, d_v), Err(Error::TooLarge { .. })));
+    }
     let k = Array2::<f64>::ones((3, 2));
-    let mut all = KeyValues::new(2, 4);
+    let mut all = KeyValues::new(2, 4).unwrap();
     all.push(k.view(), Array2::ones((3, 4)).view()).unwrap();
     let kept = all.clone();
     let refused = |error: Error, words: &str| assert!(error.to_string().starts_with(words), "{error}");

@@ -1,6 +1,6 @@
 //! Codebooks: assignment, look-up, losses, statistics, learning.
 
-use ndarray::{Array1, Array2, Array3, Array4};
+use ndarray::{Array1, Array2, Array3, Array4, s};
 use transformer_vq::codebook::{CodeStats, Codebook, Ema, assign, assign_naive, commitment, lookup};
 
 use super::{BAD, refused};
@@ -48,6 +48,19 @@ fn codebooks_that_cannot_be_are_refused() {
         refused(CodeStats::<f32>::zeros(h, s, k), "TooLarge", "stats");
     }
     refused(CodeStats::<f32>::zeros(usize::MAX, 1, 0), "TooLarge", "stats");
+    // What could be addressed, but that no machine has the memory for.
+    refused(CodeStats::<f32>::zeros(1, 1 << 50, 1), "TooLarge", "stats");
+    refused(Ema::random(1, 1 << 40, 1 << 10, 0.9, || 0.0), "TooLarge", "codewords");
+    refused(Ema::from_codewords(Array3::<f32>::zeros((1, 1 << 58, 0)), 0.9), "TooLarge", "counts");
+    let wide = Array3::<f32>::zeros((1, 1 << 23, 1));
+    refused(Codebook::linear(wide.clone(), wide, None, false), "TooLarge", "codewords");
+    let (keys, codes) = (Array4::<f32>::zeros((1, 1, 1, 1)), Array3::<u32>::zeros((1, 1, 1)));
+    let codeword = Array3::<f32>::zeros((1, 1, 1));
+    let many = keys.broadcast((1, 1, 1 << 50, 1)).unwrap();
+    refused(assign(many.slice(s![0, 0, .., ..]), codeword.slice(s![0, .., ..])), "TooLarge", "codes");
+    refused(assign_naive(many.slice(s![0, 0, .., ..]), codeword.slice(s![0, .., ..])), "TooLarge", "codes");
+    let codes = codes.broadcast((1, 1, 1 << 50)).unwrap();
+    refused(lookup(codes, codeword.view()), "TooLarge", "quantized keys");
 }
 
 #[test]

@@ -213,6 +213,32 @@ fn backward_under_other_lengths_is_refused() {
 }
 
 #[test]
+fn queries_without_heads_are_refused() {
+    for t in [1, T] {
+        let mut batch = Batch::new();
+        batch.q = Array4::zeros((B, 0, t, K));
+        [batch.k, batch.v] = [K, V].map(|width| Array4::zeros((B, H, t, width)));
+        (batch.content, batch.position) = (Array2::zeros((0, K)), Array2::zeros((0, K)));
+        let inputs = BatchInputs { mask: None, starts: None, lengths: None, ..batch.inputs() };
+        let mut states = batch.states.clone();
+        refused(ATTENTION.forward(&inputs, &batch.codebook, &mut states), "Shape", "k");
+        refused(ATTENTION.push(&inputs, &batch.codebook, &mut states), "Shape", "k");
+        refused(batch.push_prepared(false, &mut states), "Shape", "k");
+        assert_eq!(states, batch.states);
+    }
+}
+
+/// Scores beyond the largest number make lse NaN; backward takes what forward has given.
+#[test]
+fn scores_that_overflow_come_back_as_no_numbers() {
+    let mut batch = Batch::new();
+    batch.q.fill(f32::MAX);
+    batch.k.fill(3.0);
+    let gradients = batch.backward(batch.saved()).unwrap();
+    assert_eq!(gradients.q.dim(), batch.q.dim());
+}
+
+#[test]
 fn states_that_cannot_exist_are_refused() {
     let book = codebook((1, 1, 1));
     let new = |attention: VqAttention, batch, d_v| attention.new_states(batch, &book, d_v);

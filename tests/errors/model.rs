@@ -5,8 +5,8 @@ use transformer_vq::attention::VqAttention;
 use transformer_vq::codebook::{CodeStats, Estimator, Rotation, RotationScale, Smoothing};
 use transformer_vq::generate::{BatchGenerator, Generator, Sampler, Scorer, log_probabilities};
 use transformer_vq::model::{
-    CodebookStart, CodewordGradient, LearningConfig, ModelConfig, ModelState, Revival, Transformer,
-    UnitState, published,
+    CodebookStart, CodewordGradient, Encoder, EncoderConfig, LearningConfig, ModelConfig, ModelState,
+    Revival, Transformer, UnitState, published,
 };
 
 use super::refused;
@@ -182,11 +182,14 @@ fn parts_of_another_model_are_refused() {
         ModelConfig { tied_embedding: true, ..small() },
         ModelConfig { absolute_positions: true, ..small() },
         ModelConfig { final_norm: false, ..small() },
-        // As many arrays, but others.
-        ModelConfig { tied_embedding: true, absolute_positions: true, ..small() },
     ] {
         refused(from_parts(config, parameters.clone(), codebooks.clone()), "Shape", "parameters");
     }
+    // As many arrays, but others.
+    let other = ModelConfig { tied_embedding: true, absolute_positions: true, ..small() };
+    refused(from_parts(other, parameters.clone(), codebooks.clone()), "Invalid", "parameters");
+    let other = ModelConfig { codebook_decay: 0.5, ..small() };
+    refused(from_parts(other, parameters.clone(), codebooks.clone()), "Invalid", "codebooks");
     refused(
         from_parts(ModelConfig { n_layers: 0, ..small() }, parameters.clone(), vec![]),
         "Invalid",
@@ -195,6 +198,43 @@ fn parts_of_another_model_are_refused() {
     refused(from_parts(small(), parameters.clone(), codebooks[..1].to_vec()), "Shape", "codebooks");
     let other = ModelConfig { n_codes: 6, ..small() };
     refused(from_parts(other, parameters, codebooks), "Shape", "codebooks");
+}
+
+#[test]
+fn arrays_under_other_names_are_refused() {
+    let gradient = CodewordGradient { codebook_weight: 1.0, from_attention: false };
+    let config = ModelConfig { learning: LearningConfig::Gradient(gradient), ..small() };
+    let model = Transformer::new(config, 1).unwrap();
+    let mut state = model.new_state(1).unwrap();
+    let (logits, _, saved) = model.forward(array![[1, 2]].view(), None, &mut state).unwrap();
+    let mut gradients = model.zero_gradients();
+    let codebook = &mut gradients.layers[0].codebook;
+    codebook.basis = codebook.codewords.take();
+    let before = gradients.clone();
+    refused(model.backward(saved, logits, &mut gradients), "Invalid", "gradients");
+    assert_eq!(gradients, before);
+
+    // What is written under published names belongs to the configuration.
+    let (config, mut parameters) = (small(), self::model().parameters().clone());
+    parameters.layers[0].w_k = Array2::zeros((4, 8));
+    refused(published::parameters_to_tensors(&config, &parameters), "Shape", "parameters");
+    let fewer = ModelConfig { n_layers: 1, ..small() };
+    refused(published::parameters_to_tensors(&fewer, self::model().parameters()), "Shape", "parameters");
+}
+
+/// Each array could be addressed, but no machine has the memory: an allocation that fails would end the process.
+#[test]
+fn models_larger_than_memory_are_refused() {
+    let config = ModelConfig { d_model: 1 << 24, d_k: 1 << 24, n_heads: 1, ..small() };
+    config.validate().unwrap();
+    refused(Transformer::new(config.clone(), 1), "TooLarge", "parameters");
+    let parts = (model().parameters().clone(), model().learning().to_vec());
+    refused(Transformer::from_parts(config.clone(), parts.0, parts.1), "TooLarge", "parameters");
+    let published = ModelConfig { learning: LearningConfig::default(), ..config };
+    refused(published::from_tensors::<f32>(published, Default::default()), "TooLarge", "parameters");
+    let encoder = EncoderConfig { d_model: 1 << 24, d_k: 1 << 24, n_heads: 1, ..EncoderConfig::default() };
+    encoder.validate().unwrap();
+    refused(Encoder::new(encoder, 1), "TooLarge", "parameters");
 }
 
 #[test]
@@ -347,6 +387,6 @@ fn generation_is_checked_and_keeps_its_place() {
 
     refused(log_probabilities(&model, Array1::zeros(0).view(), 4), "Empty", "text");
     refused(log_probabilities(&model, good.view(), 0), "Invalid", "piece_len");
-    refused(log_probabilities(&model, array![1, 9, 1].view(), 4), "OutOfRange", "targets");
-    refused(log_probabilities(&model, array![9, 1, 1].view(), 4), "OutOfRange", "tokens");
+    refused(log_probabilities(&model, array![1, 9, 1].view(), 4), "OutOfRange", "text");
+    refused(log_probabilities(&model, array![9].view(), 4), "OutOfRange", "text");
 }

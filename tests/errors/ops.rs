@@ -1,6 +1,7 @@
 //! Operations on rows. (None of them looks for NaN: see `ops`.)
 
 use ndarray::{Array1, Array2};
+use transformer_vq::ops::dropout::{self, Stream};
 use transformer_vq::ops::{cross_entropy, embedding, linear, positions, rms_norm, silu};
 
 use super::refused;
@@ -117,4 +118,18 @@ fn sinusoids_check_their_numbers() {
     refused(sinusoids(u64::MAX, 2, 2, 1e5), "Invalid", "start");
     refused(sinusoids(0, usize::MAX, 2, 1e5), "TooLarge", "sinusoids");
     refused(sinusoids(0, 2, usize::MAX - 1, 1e5), "TooLarge", "sinusoids");
+    // An array that could be addressed, and one without rows.
+    refused(sinusoids(0, 1 << 50, 2, 1e5), "TooLarge", "sinusoids");
+    refused(sinusoids(0, 0, 1 << 58, 1e5), "TooLarge", "sinusoids");
+}
+
+#[test]
+fn dropout_checks_its_numbers() {
+    let stream = Stream { seed: 1, purpose: 2, unit: 3, step: 4 };
+    for rate in [-0.1, 1.0, f64::NAN] {
+        refused(dropout::factors::<f32>(0, 1, rate, stream), "Invalid", "rate");
+    }
+    for n in [usize::MAX, 1 << 50] {
+        refused(dropout::factors::<f32>(0, n, 0.5, stream), "TooLarge", "factors");
+    }
 }

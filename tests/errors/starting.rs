@@ -132,7 +132,10 @@ fn distances_and_regularisers_check_their_vectors() {
         refused(orthogonal::loss_and_gradient(x.view(), bad), "Invalid", "weight");
         refused(nearest_pair(spoilt.view()), "NotFinite", "codewords");
     }
-    assert_eq!(orthogonal::loss(Array3::<f32>::zeros((0, 0, 0)).view()), Ok(0.0));
+    for nothing in [(0, 0, 0), (1, 0, 3)].map(Array3::<f32>::zeros) {
+        assert_eq!(orthogonal::loss(nothing.view()), Ok(0.0));
+        assert_eq!(orthogonal::loss_and_gradient(nothing.view(), 1.0), Ok((0.0, nothing)));
+    }
 }
 
 #[test]
@@ -192,6 +195,7 @@ fn levels_and_groups_check_what_belongs_together() {
     for n_groups in [0, 4, 7, usize::MAX] {
         refused(groups::split(x.view(), n_groups), "Invalid", "n_groups");
     }
+    refused(groups::split(Array3::<f32>::zeros((1, 1, 0)).view(), usize::MAX), "TooLarge", "keys");
     let point = Array4::<f32>::zeros((1, 1, 1, 1));
     let many = point.broadcast((1 << 20, 1 << 20, 1 << 10, 1 << 10)).unwrap();
     refused(groups::join(many), "TooLarge", "vectors");

@@ -220,6 +220,18 @@ fn gradients_and_apply_are_a_step() {
 }
 
 #[test]
+fn codebooks_that_begin_at_keys_do_so_after_a_refusal_too() {
+    let start = CodebookStart::KMeans { steps: 3 };
+    let config = ModelConfig { start, ..config() };
+    let (mut trainer, mut whole) = (trainer::<f32>(config.clone()), trainer::<f32>(config));
+    let batch = batches(&progress()).next_batch().unwrap();
+    let gradients = trainer.gradients(&batch).unwrap();
+    assert!(trainer.apply(gradients.clone(), f64::NAN).is_err());
+    assert_eq!(trainer.apply(gradients, 1.0), whole.step(&batch, 1.0));
+    assert!(bits(&trainer, &progress()) == bits(&whole, &progress()));
+}
+
+#[test]
 fn what_does_not_fit_is_refused_and_loses_nothing() {
     let batch = batches(&progress()).next_batch().unwrap();
     let mut trainer = trainer::<f32>(config());
@@ -246,8 +258,12 @@ fn what_does_not_fit_is_refused_and_loses_nothing() {
     let mut poisoned = mine.clone();
     poisoned.total = f64::NAN;
     assert!(matches!(trainer.apply(poisoned, 1.0), Err(Error::Diverged { .. })));
-    assert!(matches!(trainer.apply(mine, f64::NAN), Err(Error::Invalid { what: "factor", .. })));
+    assert!(matches!(trainer.apply(mine.clone(), f64::NAN), Err(Error::Invalid { what: "factor", .. })));
     assert!(bits(&trainer, &progress()) == before);
+    // What was refused can be done again, and is then the whole step: the state that is carried on moves with it.
+    let mut whole = crate::runs::trainer::<f32>(config());
+    assert_eq!(trainer.apply(mine, 1.0), whole.step(&batch, 1.0));
+    assert!(bits(&trainer, &progress()) == bits(&whole, &progress()));
 
     let refused = |error: Error| error.to_string();
     assert_eq!(

@@ -243,6 +243,14 @@ fn saving_again_takes_the_other_name_and_leaves_one_file() {
     fs::remove_file(folder.path().join(TENSORS[1])).unwrap();
     trainer.save(folder.path(), &progress).unwrap();
     assert_eq!(names(folder.path()), [JSON, TENSORS[1]]);
+    // What cannot be read may name any tensor file: none is touched.
+    let before = fs::read(folder.path().join(TENSORS[1])).unwrap();
+    fs::remove_file(folder.path().join(JSON)).unwrap();
+    fs::create_dir(folder.path().join(JSON)).unwrap();
+    let error = trainer.save(folder.path(), &progress).unwrap_err();
+    assert!(matches!(error, Error::Io { action: "read", .. }), "{error}");
+    assert_eq!(names(folder.path()), [JSON, TENSORS[1]]);
+    assert_eq!(fs::read(folder.path().join(TENSORS[1])).unwrap(), before);
 }
 
 #[test]

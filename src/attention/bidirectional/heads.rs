@@ -79,7 +79,7 @@ pub struct BidirectionalOutput<T> {
     pub lse: Array3<T>,
     /// What [`Codebook::update`] learns from.
     pub stats: CodeStats<T>,
-    /// (3), without a weight.
+    /// `|k - c_z|^2`, summed over key heads and dimensions, averaged over the keys that exist; without a weight.
     pub commit_loss: f64,
 }
 

@@ -44,7 +44,8 @@ impl<T: Scalar> BatchInputs<'_, T> {
         attention.validate()?;
         let (b, h, t, k) = self.q.dim();
         // Any number of key heads that divides that of queries.
-        let n_key_heads = Some(self.n_key_heads()).filter(|&n| n > 0 && h.is_multiple_of(n)).unwrap_or(h);
+        let n_key_heads =
+            Some(self.n_key_heads()).filter(|&n| n > 0 && h > 0 && h.is_multiple_of(n)).unwrap_or(h);
         check_shape("k", &[b, n_key_heads, t, k], self.k.shape())?;
         check_shape("v", &[b, n_key_heads, t, self.v.len_of(Axis(3))], self.v.shape())?;
         if let Some(mask) = &self.mask {

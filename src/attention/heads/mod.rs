@@ -96,7 +96,7 @@ pub struct BatchOutput<T> {
     pub cached_mass: Array3<T>,
     /// What [`Codebook::update`] learns from.
     pub stats: CodeStats<T>,
-    /// (3), without a weight.
+    /// `|k - c_z|^2`, summed over key heads and dimensions, averaged over the positions that count; without a weight.
     pub commit_loss: f64,
 }
 

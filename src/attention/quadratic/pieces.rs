@@ -15,7 +15,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use super::{backward, check_rows, deltas, forward};
 use crate::attention::{BiasGradients, Biases};
 use crate::compiled::compiled_here;
-use crate::error::{check_memory, check_shape};
+use crate::error::{check_memory, check_shape, checked_len};
 use crate::ops::exp::exp_of_differences;
 use crate::ops::finite::check_finite;
 use crate::ops::matmul::vector_product;
@@ -29,7 +29,7 @@ use crate::{Error, Scalar};
 /// use transformer_vq::attention::quadratic::{KeyValues, attend};
 /// use transformer_vq::ndarray::array;
 ///
-/// let mut all = KeyValues::new(1, 1);
+/// let mut all = KeyValues::new(1, 1)?;
 /// for (v, mean) in [(1.0, 1.0), (3.0, 2.0), (8.0, 4.0)] {
 ///     all.push(array![[0.5]].view(), array![[v]].view())?;
 ///     // A query of zeros attends to everything equally.
@@ -58,8 +58,13 @@ impl<T: PartialEq> PartialEq for KeyValues<T> {
 
 impl<T: Scalar> KeyValues<T> {
     /// Before the first token.
-    pub fn new(d_k: usize, d_v: usize) -> Self {
-        KeyValues { d_k, d_v, len: 0, k: vec![], v: vec![] }
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for widths of which no key or value can exist.
+    pub fn new(d_k: usize, d_v: usize) -> Result<Self, Error> {
+        checked_len("k", &[d_k])?;
+        checked_len("v", &[d_v])?;
+        Ok(KeyValues { d_k, d_v, len: 0, k: vec![], v: vec![] })
     }
 
     /// Appends the keys and values of the next tokens.

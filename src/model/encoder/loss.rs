@@ -34,13 +34,13 @@ pub struct EncoderBatch<'a> {
 /// The losses of a batch, their gradients, and what every unit reports.
 #[derive(Debug, Clone)]
 pub struct EncoderLoss<T> {
-    /// (1), nats per target that counts; 0 without any.
+    /// The mean of `-log softmax(logits)[target]`, nats per target that counts; 0 without any.
     pub loss: f64,
     /// Commitment loss, summed over units, without its weight.
     pub commit_loss: f64,
-    /// (2).
+    /// `loss + commit_weight commit_loss`.
     pub total: f64,
-    /// Of (2).
+    /// Of `total`.
     pub gradients: EncoderParameters<T>,
     /// One per unit.
     pub units: Vec<EncoderUnitReport<T>>,

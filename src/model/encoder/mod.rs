@@ -21,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::ParameterMut;
 use super::buffers::Buffers;
-use super::parameters::standard_normal;
+use super::parameters::{check_numbers, standard_normal};
 use super::transformer::check_tokens;
 use crate::codebook::{CodeStats, Codebook, Ema, start};
 use crate::compiled::compiled_here;
@@ -84,9 +84,10 @@ impl Encoder<f32> {
     /// An encoder with random weights: the same for the same seed.
     ///
     /// # Errors
-    /// As [`EncoderConfig::validate`].
+    /// As [`EncoderConfig::validate`], and [`Error::TooLarge`] for more numbers than there is memory for.
     pub fn new(config: EncoderConfig, seed: u64) -> Result<Self, Error> {
         config.validate()?;
+        check_numbers::<f32>(config.n_parameters())?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let parameters = EncoderParameters::random(&config, &mut rng);
         let (key_heads, &EncoderConfig { n_codes, d_k, codebook_decay, .. }) = (config.key_heads(), &config);
@@ -130,7 +131,7 @@ impl<T: Scalar> Encoder<T> {
         &self.codebooks
     }
 
-    /// The logits of (4).
+    /// The logits: one row per position, or one per sequence where the configuration has classes.
     ///
     /// # Shapes
     /// `tokens` [B, T]; `exists` [B, T], true where a token stands, without it everywhere. The result [B, T, vocab] or
@@ -138,7 +139,8 @@ impl<T: Scalar> Encoder<T> {
     ///
     /// # Errors
     /// [`Error::Empty`] without a token, [`Error::Shape`], [`Error::Invalid`] for a sequence that is padding alone,
-    /// [`Error::OutOfRange`] for a token outside the vocabulary where one exists.
+    /// [`Error::OutOfRange`] for a token outside the vocabulary where one exists, [`Error::NotFinite`] for keys of weights that
+    /// are not finite or too large.
     pub fn forward(
         &self,
         tokens: ArrayView2<'_, u32>,
@@ -155,7 +157,7 @@ impl<T: Scalar> Encoder<T> {
         )(self, tokens, exists)
     }
 
-    /// y of (3): what the encoder makes of every position.
+    /// What the encoder makes of every position, after the last norm: what logits are computed from.
     ///
     /// # Shapes
     /// As [`forward`](Self::forward); the result [B, T, D].

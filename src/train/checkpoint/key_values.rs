@@ -62,9 +62,8 @@ pub(super) fn read<T: Scalar>(
             let part = array.slice(s![b, h, .., ..]).into_dimensionality::<Ix2>();
             part.expect("its shape has been checked")
         });
-        let mut state = KeyValues::new(d_k, d_v);
-        state.push(k, v).map_err(|e| wrong(e.to_string()))?;
-        states.push(state);
+        let state = KeyValues::new(d_k, d_v).and_then(|mut state| state.push(k, v).map(|()| state));
+        states.push(state.map_err(|e| wrong(e.to_string()))?);
     }
     Ok(Array2::from_shape_vec((b, n_heads), states).expect("one state per sequence and head"))
 }

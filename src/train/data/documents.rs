@@ -139,26 +139,10 @@ fn file_len(path: &Path) -> Result<usize, Error> {
 }
 
 /// The files below a folder in the order of their paths, without those whose name or folder begins with a dot; with an
-/// extension, only such files.
+/// extension, only such files. A link to a folder that it lies in is not followed.
 pub(super) fn files_of(folder: &Path, extension: Option<&str>) -> Result<Vec<PathBuf>, Error> {
     let mut files = vec![];
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        let refused = |e: std::io::Error| io_error(&folder, "read", &e);
-        for entry in std::fs::read_dir(&folder).map_err(refused)? {
-            let path = entry.map_err(refused)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with('.') {
-                continue;
-            }
-            let is = |wanted: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(wanted));
-            if path.is_dir() {
-                folders.push(path);
-            } else if extension.is_none_or(is) {
-                files.push(path);
-            }
-        }
-    }
+    add_files(folder, extension, &mut vec![], &mut files)?;
     files.sort();
     if files.is_empty() {
         let problem = match extension {
@@ -168,4 +152,34 @@ pub(super) fn files_of(folder: &Path, extension: Option<&str>) -> Result<Vec<Pat
         return Err(Error::File { path: folder.to_path_buf(), problem });
     }
     Ok(files)
+}
+
+/// Adds the files below a folder that is reached through the folders `above` it, which have no links in their paths.
+fn add_files(
+    folder: &Path,
+    extension: Option<&str>,
+    above: &mut Vec<PathBuf>,
+    files: &mut Vec<PathBuf>,
+) -> Result<(), Error> {
+    let refused = |e: std::io::Error| io_error(folder, "read", &e);
+    let own = folder.canonicalize().map_err(refused)?;
+    if above.contains(&own) {
+        return Ok(());
+    }
+    above.push(own);
+    for entry in std::fs::read_dir(folder).map_err(refused)? {
+        let path = entry.map_err(refused)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') {
+            continue;
+        }
+        let is = |wanted: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(wanted));
+        if path.is_dir() {
+            add_files(&path, extension, above, files)?;
+        } else if extension.is_none_or(is) {
+            files.push(path);
+        }
+    }
+    above.pop();
+    Ok(())
 }

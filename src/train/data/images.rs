@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::documents::{Documents, Store};
 use super::spool::{SpoolWriter, io_error};
 use crate::Error;
+use crate::error::check_memory;
 
 /// The size of an image; its bytes are `height * width * channels`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,7 @@ fn decode(path: &Path) -> Result<(Vec<u8>, ImageShape), Error> {
     decoder.set_transformations(png::Transformations::normalize_to_color8());
     let mut reader = decoder.read_info().map_err(broken)?;
     let size = reader.output_buffer_size().ok_or_else(|| wrong("too large an image".into()))?;
+    check_memory::<u8>("image", &[size]).map_err(|_| wrong(format!("too large an image: {size} bytes")))?;
     let mut bytes = vec![0; size];
     let info = reader.next_frame(&mut bytes).map_err(broken)?;
     bytes.truncate(info.buffer_size());

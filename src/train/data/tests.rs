@@ -212,6 +212,33 @@ fn png(path: &std::path::Path, width: u32, height: u32, color: png::ColorType, b
     encoder.write_header().unwrap().write_image_data(bytes).unwrap();
 }
 
+/// Links that lead back to where they lie: each file is there once.
+#[cfg(unix)]
+#[test]
+fn folders_within_themselves_are_read_once() {
+    use std::os::unix::fs::symlink;
+
+    let (folder, tokens) = books();
+    symlink(folder.path(), folder.path().join("b/all")).unwrap();
+    symlink(".", folder.path().join("again")).unwrap();
+    symlink("b", folder.path().join("d")).unwrap();
+    let corpus = Corpus::open(folder.path()).unwrap();
+    // `d` is another way to `b`, which holds it not.
+    let twice = &tokens[tokens.iter().position(|&token| token == 256).unwrap() + 1..][..12];
+    assert_eq!(corpus.read(0..corpus.len()).unwrap(), [&tokens, twice].concat());
+}
+
+#[test]
+fn an_image_larger_than_memory_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.png");
+    let mut encoder = png::Encoder::new(fs::File::create(&path).unwrap(), 1_000_000, u32::MAX >> 1);
+    encoder.set_color(png::ColorType::Rgba);
+    encoder.write_header().unwrap().write_chunk(png::chunk::IDAT, &[0x78, 0x9c]).unwrap();
+    let error = Corpus::images(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("too large an image"), "{error}");
+}
+
 #[test]
 fn images_are_bytes_in_raster_order() {
     let folder = tempfile::tempdir().unwrap();

@@ -41,7 +41,13 @@ impl Tokenizer {
         tokenizer.with_truncation(None).map_err(|e| wrong(e.to_string()))?;
         // Numbers may have gaps.
         let last = tokenizer.get_vocab(true).into_values().max();
-        let vocab_size = last.ok_or_else(|| wrong("a tokenizer without tokens".into()))? as usize + 1;
+        let last = last.ok_or_else(|| wrong("a tokenizer without tokens".into()))?;
+        if last == u32::MAX {
+            return Err(wrong(format!(
+                "a token with the number {last}: none is left for the end of a document"
+            )));
+        }
+        let vocab_size = last as usize + 1;
         Ok(Tokenizer { tokenizer, vocab_size, path })
     }
 

@@ -36,7 +36,7 @@ use crate::{Error, Scalar};
 pub struct Adafactor {
     /// Step size at a factor of 1: of relative steps, as a part of the parameter's root mean square.
     pub learning_rate: f64,
-    /// How fast the mean of squares comes to rest: (1), above 0.
+    /// How fast the mean of squares comes to rest, above 0: at step t the old mean has the weight `1 - t^(-decay_exponent)`.
     pub decay_exponent: f64,
     /// Added to squares of the gradient.
     pub epsilon: f64,
@@ -124,7 +124,7 @@ impl Adafactor {
             (_, [v]) => {
                 for (v, &g) in v.iter_mut().zip(g) {
                     let g = g.as_f64() * scale;
-                    *v = T::from_f64(keep * v.as_f64() + (1.0 - keep) * (g * g + self.epsilon));
+                    *v = bounded(keep * v.as_f64() + (1.0 - keep) * (g * g + self.epsilon));
                 }
                 let root = v.iter().map(|v| over_root(v.as_f64()) * scale).collect();
                 Direction { columns: root, rows: vec![1.0], width: g.len(), height: 1 }
@@ -160,7 +160,7 @@ impl Adafactor {
             let (row_sums, column_sums) = sums_of_squares(g, m);
             let moving = |old: T, sum: f64, count: usize| {
                 let mean = sum * scale * scale / count as f64 + self.epsilon;
-                T::from_f64(keep * old.as_f64() + (1.0 - keep) * mean)
+                bounded(keep * old.as_f64() + (1.0 - keep) * mean)
             };
             rows.iter_mut().zip(row_sums).for_each(|(r, sum)| *r = moving(*r, sum, m));
             columns.iter_mut().zip(column_sums).for_each(|(c, sum)| *c = moving(*c, sum, n));
@@ -170,6 +170,11 @@ impl Adafactor {
         }
         direction
     }
+}
+
+/// A mean of squares as it is kept: at most the largest number, so that a gradient whose square has none stops nothing.
+fn bounded<T: Scalar>(x: f64) -> T {
+    T::from_f64(x.min(T::max_value().as_f64()))
 }
 
 /// 1 / sqrt(x), of a number as large as `epsilon` may be at least: moments that begin late in a run are smaller at first.

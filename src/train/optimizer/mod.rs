@@ -99,7 +99,7 @@ impl Optimizer {
         }
     }
 
-    /// lr of (2).
+    /// The step size at a factor of 1 of the schedule.
     pub fn learning_rate(&self) -> f64 {
         match self {
             Optimizer::AdamW(adamw) => adamw.learning_rate,
@@ -108,7 +108,7 @@ impl Optimizer {
         }
     }
 
-    /// wd of (2), for embedding and projection matrices.
+    /// The part of an embedding or projection matrix that a step takes away: `p <- p - lr factor u - wd p`.
     pub fn weight_decay(&self) -> f64 {
         match self {
             Optimizer::AdamW(adamw) => adamw.weight_decay,

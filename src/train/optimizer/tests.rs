@@ -238,6 +238,25 @@ fn nothing_trained_stays_as_it_is() {
     }
 }
 
+/// Squares of such gradients are beyond `f32`.
+#[test]
+fn huge_gradients_leave_adafactor_finite() {
+    let optimizer: Optimizer = Adafactor { clip: None, ..Adafactor::default() }.into();
+    for shape in [vec![6], vec![4, 6]] {
+        let (mut p, mut g) = (ArrayD::<f32>::ones(shape.clone()), ArrayD::<f32>::ones(shape.clone()));
+        *g.iter_mut().last().unwrap() = 1e30;
+        let mut moments: Vec<_> =
+            optimizer.moments(&shape).into_iter().map(|m| ArrayD::<f32>::zeros(m.shape)).collect();
+        for t in 1..4 {
+            let pace = Pace { factor: 1.0, gradient_scale: 1.0, decay: 0.0 };
+            optimizer.update(t, &pace, p.view_mut(), g.view(), &mut moments);
+        }
+        let numbers = p.iter().chain(moments.iter().flatten());
+        assert!(numbers.copied().all(f32::is_finite), "{p} {moments:?}");
+        assert!(p.iter().any(|&p| p < 1.0), "{p}");
+    }
+}
+
 #[test]
 fn impossible_constants_are_refused() {
     fn refused<O: Default + Into<Optimizer>>(name: &str, change: fn(&mut O, f64), values: &[f64]) {

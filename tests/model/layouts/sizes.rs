@@ -38,6 +38,30 @@ fn parameters_are_as_many_as_said() {
 }
 
 #[test]
+fn impossible_configurations_have_sizes_too() {
+    let most = usize::MAX;
+    let units = vec![UnitKind::Quadratic, UnitKind::Vq];
+    let wide = ModelConfig { d_k: most, d_v: most, units: units.clone(), ..small() };
+    assert_eq!(wide.state_bytes(1, u64::MAX, most), u128::MAX);
+    assert_eq!(wide.operations_per_token(u64::MAX), u128::MAX);
+    let mut window = ModelConfig { n_codes: most, ..small() };
+    window.attention.window = most;
+    assert!(window.state_bytes(1, 0, 4) > 1 << 64 && window.operations_per_token(0) > 1 << 64);
+    // Units of which there are many are counted, not walked through.
+    let deep = |n_layers| ModelConfig { n_layers, units: units.clone(), ..small() };
+    let parts = |config: ModelConfig| {
+        [config.n_parameters(), config.state_bytes(1, 10, 4), config.operations_per_token(10)]
+    };
+    let [two, three, five, many] = [2, 3, 5, most].map(|n_layers| parts(deep(n_layers)));
+    for i in 0..3 {
+        // A pair more adds as much every time, and 2^64 - 1 units are 2^63 - 2 pairs after the first three.
+        let pair = five[i] - three[i];
+        assert_eq!(parts(deep(4))[i] - two[i], pair);
+        assert_eq!(many[i], three[i] + pair * ((most as u128 - 3) / 2));
+    }
+}
+
+#[test]
 fn states_and_operations_are_as_many_as_said() {
     for (name, config) in layouts() {
         let model = model(&config);
