@@ -4,7 +4,7 @@
 //! cache and without it, with windows and blocks of several lengths, and prints a table: bits per byte on the held-out tenth of
 //! the text, read as one stream; bytes per second of training and of reading; attention on cached codes. The unchanged model and
 //! the one without the cache are trained from three seeds. The table (`table.md`) and a picture (`ablation.svg`) go into
-//! `--out`. About ten minutes on two cores.
+//! `--out`. About nine minutes on two cores.
 //!
 //! ```sh
 //! cargo run --release --example ablation

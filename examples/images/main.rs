@@ -3,7 +3,7 @@
 //! Draws pictures of 16 x 16 pixels in four greys (see `pictures.rs`), trains a model on them, each picture 256 tokens behind a token
 //! that begins it, and writes one grid of pictures from the data and pictures from the model (`images.png`). A row above is 16
 //! tokens away: the window holds two of them, everything further up is read through the codebook. Prints bits per pixel on
-//! pictures that training has not seen, with the cache and without it, into `table.md` too. About two minutes on two cores.
+//! pictures that training has not seen, with the cache and without it, into `table.md` too. About a minute on two cores.
 //!
 //! ```sh
 //! cargo run --release --example images

@@ -5,7 +5,7 @@
 //! text gets longer, how long a byte takes, how large its state is, and whether facts told in the first bytes, and never
 //! mentioned since, are known ten thousand to a million bytes later. Three seeds.
 //!
-//! Prints tables, and writes them (`table.md`) and a picture (`long_context.svg`) into `--out`. About eight minutes on two cores;
+//! Prints tables, and writes them (`table.md`) and a picture (`long_context.svg`) into `--out`. About seven minutes on two cores;
 //! all but the times depends on seeds and steps alone.
 //!
 //! ```sh

@@ -5,7 +5,7 @@
 //! in its second unit: through a codebook with the compressive cache and without it, exact (quadratic), and linear attention
 //! without softmax at the same width of keys and at the same bytes of state as the largest codebook. Three seeds each.
 //!
-//! Prints a table, and writes it (`table.md`) and a picture (`recall.svg`) into `--out`. About ten minutes on two cores; what
+//! Prints a table, and writes it (`table.md`) and a picture (`recall.svg`) into `--out`. About six minutes on two cores; what
 //! comes out depends on seeds and steps alone.
 //!
 //! ```sh
