@@ -204,6 +204,9 @@ impl<T: Scalar> Ema<T> {
     /// Restarts codes at other codewords, each with the mean of its head's counts; the state is left as it was if an error is
     /// returned.
     ///
+    /// Under Laplace smoothing the sum n of a head's counts, which grows by this, divides all its codewords: those of other codes
+    /// shrink by a part of S e / n, nothing for e as small as usual.
+    ///
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Shape`], [`Error::NotFinite`] for a head, a code or a codeword.
     pub fn replace(&mut self, replacements: &[Replacement<T>]) -> Result<(), Error> {

@@ -101,7 +101,7 @@ impl<T: Scalar> Transformer<T> {
     /// configuration says.
     ///
     /// # Shapes
-    /// `keys` [B, Hk, T, K], one per unit that has a codebook.
+    /// `keys` [B, Hk, T, K], one per unit that has a codebook; `mask` [B, T], true where a key counts, without it all do.
     ///
     /// # Errors
     /// Those of [`Codebook::revive`], and [`Error::Shape`] if there are not as many as codebooks. The codebooks are then as they
@@ -109,26 +109,34 @@ impl<T: Scalar> Transformer<T> {
     pub fn revive_codebooks(
         &mut self,
         keys: &[Array4<T>],
+        mask: Option<ArrayView2<'_, bool>>,
         ratio: f64,
         seed: u64,
     ) -> Result<Vec<usize>, Error> {
         compiled_here!(
             T,
             Transformer::<T>::revive_codebooks_here,
-            fn(&mut Transformer<T>, &[Array4<T>], f64, u64) -> Result<Vec<usize>, Error>
-        )(self, keys, ratio, seed)
+            fn(
+                &mut Transformer<T>,
+                &[Array4<T>],
+                Option<ArrayView2<'_, bool>>,
+                f64,
+                u64,
+            ) -> Result<Vec<usize>, Error>
+        )(self, keys, mask, ratio, seed)
     }
 
     fn revive_codebooks_here(
         &mut self,
         keys: &[Array4<T>],
+        mask: Option<ArrayView2<'_, bool>>,
         ratio: f64,
         seed: u64,
     ) -> Result<Vec<usize>, Error> {
         let mut codebooks = self.codebooks();
         check_shape("keys", &[codebooks.len()], &[keys.len()])?;
         let revive = |(i, (codebook, keys)): (u64, (&mut Codebook<T>, &Array4<T>))| {
-            codebook.revive(keys.view(), None, ratio, seed.wrapping_add(i))
+            codebook.revive(keys.view(), mask, ratio, seed.wrapping_add(i))
         };
         let revived = (0..).zip(codebooks.iter_mut().zip(keys)).map(revive).collect::<Result<_, _>>()?;
         self.learning = codebooks.iter().map(|codebook| codebook.learning().clone()).collect();

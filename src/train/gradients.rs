@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array4, ArrayView2, Axis, Zip, concatenate, s};
+use ndarray::{Array2, Array4, ArrayView2, Axis, Zip, concatenate, s};
 
 use super::Batch;
 use crate::codebook::CodeStats;
@@ -55,6 +55,8 @@ pub struct Gradients<T = f32> {
     pub stats: Vec<CodeStats<T>>,
     /// The keys [B, H, T, K] of every unit, if the configuration revives codes; otherwise none.
     pub keys: Vec<Array4<T>>,
+    /// Which of these keys count [B, T]; without it all do.
+    pub counts: Option<Array2<bool>>,
 }
 
 impl<T: Scalar> Gradients<T> {
@@ -92,6 +94,7 @@ impl<T: Scalar> Gradients<T> {
         let counted = mask.map_or(tokens.len(), |mask| mask.iter().filter(|&&counts| counts).count());
         let (stats, keys): (Vec<_>, Vec<_>) =
             layers.into_iter().map(|layer| (layer.stats, layer.keys)).unzip();
+        let keys: Vec<_> = keys.into_iter().flatten().collect();
         Ok(Gradients {
             tokens: counted as u64,
             loss,
@@ -99,7 +102,8 @@ impl<T: Scalar> Gradients<T> {
             total,
             parameters: gradients,
             stats,
-            keys: keys.into_iter().flatten().collect(),
+            counts: mask.filter(|_| !keys.is_empty()).map(|mask| mask.to_owned()),
+            keys,
         })
     }
 
@@ -126,6 +130,12 @@ impl<T: Scalar> Gradients<T> {
         for (mine, theirs) in self.keys.iter().zip(&other.keys) {
             check_shape("keys", &mine.shape()[1..], &theirs.shape()[1..])?;
         }
+        for gradients in [&*self, &other] {
+            let counting = gradients.counting();
+            for keys in &gradients.keys {
+                check_shape("counts", &[keys.len_of(Axis(0)), keys.len_of(Axis(2))], counting.shape())?;
+            }
+        }
         let tokens = self.tokens.saturating_add(other.tokens);
         // Without any position, both are zero.
         let part = if tokens == 0 { 0.0 } else { other.tokens as f64 / tokens as f64 };
@@ -144,10 +154,26 @@ impl<T: Scalar> Gradients<T> {
         for (mine, theirs) in self.stats.iter_mut().zip(&other.stats) {
             mine.merge(theirs)?;
         }
+        if self.counts.is_some() || other.counts.is_some() {
+            let [mine, theirs] = [self.counting(), other.counting()];
+            self.counts =
+                Some(concatenate(Axis(0), &[mine.view(), theirs.view()]).expect("keys of one length"));
+        }
         for (mine, theirs) in self.keys.iter_mut().zip(&other.keys) {
             *mine = concatenate(Axis(0), &[mine.view(), theirs.view()]).expect("shapes have been compared");
         }
         Ok(())
+    }
+}
+
+impl<T> Gradients<T> {
+    /// Which keys count [B, T], if there are keys.
+    fn counting(&self) -> Array2<bool> {
+        let all = || {
+            let dim = self.keys.first().map_or((0, 0), |keys| (keys.len_of(Axis(0)), keys.len_of(Axis(2))));
+            Array2::from_elem(dim, true)
+        };
+        self.counts.clone().unwrap_or_else(all)
     }
 }
 
@@ -168,7 +194,7 @@ pub(super) fn accumulate<T: Scalar>(
         let rows = part * n / parts..(part + 1) * n / parts;
         let mut state = state_of_rows(state, rows.clone())?;
         // Its rows of the masks.
-        let dropout = DropoutSeed { first: rows.start as u64, ..dropout };
+        let dropout = DropoutSeed { first: dropout.first + rows.start as u64, ..dropout };
         let (tokens, targets) = (batch.tokens.slice(s![rows.clone(), ..]), batch.targets.slice(s![rows, ..]));
         let gradients = Gradients::collect_dropping(model, tokens, targets, None, &mut state, Some(dropout))?;
         match &mut merged {

@@ -49,6 +49,8 @@ pub struct Trainer<T = f32> {
     /// The group of every parameter, if it has one.
     group_of: Vec<Option<usize>>,
     pub(super) micro_batches: usize,
+    /// Sequences of the whole batch that other machines have before those of this one.
+    first_sequence: u64,
     pub(super) steps: u64,
     /// Of dropout.
     pub(super) dropout_seed: u64,
@@ -100,6 +102,7 @@ impl<T: Scalar> Trainer<T> {
             moments,
             groups: vec![],
             micro_batches: 1,
+            first_sequence: 0,
             steps: 0,
             dropout_seed: 0,
             sequence: 0,
@@ -113,6 +116,13 @@ impl<T: Scalar> Trainer<T> {
     #[must_use]
     pub fn with_dropout_seed(self, seed: u64) -> Self {
         Trainer { dropout_seed: seed, ..self }
+    }
+
+    /// Of a batch that several machines share: how many of its sequences are on the machines before this one. Each then has
+    /// its own rows of the masks of dropout. No checkpoint keeps it.
+    #[must_use]
+    pub fn with_first_sequence(self, first: u64) -> Self {
+        Trainer { first_sequence: first, ..self }
     }
 
     /// Trains some parameters otherwise than the rest, or not at all; the first group that a parameter matches is its own.
@@ -200,7 +210,8 @@ impl<T: Scalar> Trainer<T> {
     /// The gradients of one batch, its micro-batches merged. Nothing is learned yet: to be merged with those of other
     /// machines, if there are any, and given to [`apply`](Self::apply), which also moves the state that is carried on.
     ///
-    /// Machines that hold the same model and apply the same merged gradients stay the same. Codebooks that begin at keys
+    /// Machines that hold the same model and apply the same merged gradients stay the same; for dropout each needs to know
+    /// [which sequences it has](Self::with_first_sequence). Codebooks that begin at keys
     /// ([`CodebookStart::KMeans`]) would begin at those of each machine: such a model is
     /// [started](Transformer::start_codebooks) before it is handed out, with a configuration that says `Random`.
     ///
@@ -226,7 +237,8 @@ impl<T: Scalar> Trainer<T> {
             Some(state) if !batch.first => (state.clone(), self.sequence),
             _ => (model.new_state(n_sequences)?, self.steps),
         };
-        let dropout = DropoutSeed { seed: self.dropout_seed, step: self.steps, sequence, first: 0 };
+        let dropout =
+            DropoutSeed { seed: self.dropout_seed, step: self.steps, sequence, first: self.first_sequence };
         if n_sequences < self.micro_batches {
             let expected = format!("at least the {} micro-batches", self.micro_batches);
             return Err(Error::invalid("sequences of a batch", expected, n_sequences));
@@ -327,8 +339,9 @@ impl<T: Scalar> Trainer<T> {
         let model = changed.as_mut().unwrap_or(&mut self.model);
         model.update_codebooks(&gradients.stats)?;
         if let Some(Revival { ratio, .. }) = revival {
-            let keys = &gradients.keys;
-            model.revive_codebooks(keys, ratio, self.steps.wrapping_mul(keys.len() as u64))?;
+            let Gradients { keys, counts, .. } = gradients;
+            let counts = counts.as_ref().map(|counts| counts.view());
+            model.revive_codebooks(keys, counts, ratio, self.steps.wrapping_mul(keys.len() as u64))?;
         }
         if let Some(changed) = changed {
             self.model = changed;

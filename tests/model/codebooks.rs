@@ -6,7 +6,7 @@ use transformer_vq::model::{
     CodebookStart, CodewordGradient, LearningConfig, ModelConfig, Revival, Transformer,
 };
 use transformer_vq::ndarray::{Array2, Array4, ArrayView1, Axis, s};
-use transformer_vq::train::{AdamW, Batch, Trainer};
+use transformer_vq::train::{AdamW, Batch, Gradients, Trainer};
 use transformer_vq::{Error, Scalar};
 
 fn config() -> ModelConfig {
@@ -113,6 +113,39 @@ fn a_basis_times_a_matrix_cannot_be_written() {
     let refused = model.start_codebooks(batch(0).tokens.view(), 2, 0);
     assert!(matches!(refused, Err(Error::Invalid { what: "codebooks", .. })), "{refused:?}");
     assert_eq!(model, before);
+}
+
+#[test]
+fn codes_revive_at_keys_that_count_alone() {
+    let model = Transformer::<f32>::new(ModelConfig { revival: Some(EVERY_STEP), ..config() }, 2).unwrap();
+    let (batch, state) = (batch(0), || model.new_state(1).unwrap());
+    // The first sequence counts, half of the second and none of the third.
+    let len = batch.tokens.ncols();
+    let row = |b: usize| (batch.tokens.slice(s![b..=b, ..]), batch.targets.slice(s![b..=b, ..]));
+    let collect = |b: usize, until: usize| {
+        let mask = (until < len).then(|| Array2::from_shape_fn((1, len), |(_, t)| t < until));
+        let mask = mask.as_ref().map(|mask| mask.view());
+        Gradients::collect(&model, row(b).0, row(b).1, mask, &mut state()).unwrap()
+    };
+    let mut gradients = collect(0, len);
+    assert_eq!(gradients.counts, None);
+    gradients.merge(collect(1, len / 2)).unwrap();
+    gradients.merge(collect(1, 0)).unwrap();
+    let counts = gradients.counts.clone().unwrap();
+    assert_eq!(counts, Array2::from_shape_fn((3, len), |(b, t)| t < [len, len / 2, 0][b]));
+
+    let keys = gradients.keys.clone();
+    let mut trainer = Trainer::new(model.clone(), AdamW::default()).unwrap();
+    trainer.apply(gradients.clone(), 1.0).unwrap();
+    let mut expected = model.clone();
+    expected.update_codebooks(&gradients.stats).unwrap();
+    let mut expected = expected.codebooks();
+    for (i, (codebook, keys)) in expected.iter_mut().zip(&keys).enumerate() {
+        let seen = codebook.clone();
+        codebook.revive(keys.view(), Some(counts.view()), EVERY_STEP.ratio, i as u64).unwrap();
+        assert_ne!(*codebook, seen, "no code was idle");
+    }
+    assert_eq!(trainer.model().codebooks(), expected);
 }
 
 #[test]
