@@ -286,6 +286,23 @@ fn a_killed_run_leaves_a_checkpoint_that_resumes() {
 const TOKENIZER: &str = if cfg!(feature = "tokenizers") { "cannot read" } else { "needs `cargo run" };
 
 #[test]
+fn a_new_run_sets_the_old_one_aside() {
+    let place = Place::new();
+    let begun = |steps: &str| success(&place.train("run", steps));
+    begun("--steps 10 --stop-after 3");
+    let old = tensors(&place.path("run"));
+    let said = begun("--steps 2 --seed 9");
+    assert!(said.contains("the run that was in run is now in run/previous"), "{said}");
+    assert!(tensors(&place.path("run/previous")) == old);
+    assert!(success(&place.resume("run/previous", "")).contains("10 steps"));
+    // It makes room for the next one.
+    let old = tensors(&place.path("run"));
+    begun("--steps 2");
+    assert!(tensors(&place.path("run/previous")) == old);
+    assert!(success(&place.resume("run/previous", "")).contains("after 2 steps"));
+}
+
+#[test]
 fn nonsense_is_refused_in_one_line() {
     let place = Place::new();
     fs::write(place.path("short"), "too short").unwrap();
@@ -310,6 +327,7 @@ fn nonsense_is_refused_in_one_line() {
         ("--data text --out x --warmup 2", "`warmup` must be in [0, 1]"),
         ("--data text --out sound --d-model 33", "`d_model` must be even"),
         ("--data nothing --out x", "there is no file in this folder"),
+        ("--data . --out x", "the run would read its own files"),
         ("--data nothing --images --out x", "there is no .png file in this folder"),
         ("--data text --enwik8 --out x", "`enwik8` must be 100000000 bytes"),
         ("--data text --tokenizer missing --out x", TOKENIZER),

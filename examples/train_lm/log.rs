@@ -36,7 +36,7 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "step {:6}   train {:.3}   validation {:.3} bits per byte   {:6.0} tokens/s   codes in use {:.0?}",
+            "step {:6}   train {:.3}   validation {:.3} bits per byte   {:6.0} tokens/s   perplexity of codes {:.0?}",
             self.step,
             self.train_bits_per_byte,
             self.val_bits_per_byte,

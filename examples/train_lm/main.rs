@@ -2,7 +2,7 @@
 //!
 //! Without arguments about two minutes on two cores, on this crate's own sources and documentation. Into `--out` go the
 //! checkpoint (`checkpoint.json`, `tensors-*.safetensors`), the options (`run.json`), `log.csv` (columns: see `log.rs`) and
-//! `curves.svg`. The last line printed is `val_bits_per_byte: X`: the whole held-out part, each token predicted once, read
+//! `curves.svg`, of images a `sample.png`; an earlier run that was there goes into the folder `previous`. The last line printed is `val_bits_per_byte: X`: the whole held-out part, each token predicted once, read
 //! as one stream with carried state, in bits per byte of the text whatever the tokens are.
 //!
 //! ```sh
@@ -14,7 +14,7 @@
 //! cargo run --release --features tokenizers --example train_lm -- --data FILE --tokenizer tokenizer.json
 //! ```
 //!
-//! A run can be stopped (Ctrl-C, or `--stop-after`) and resumed; with a budget of `--steps` it then ends in the same bits
+//! A run can be stopped (Ctrl-C, SIGTERM, or `--stop-after`) and resumed; with a budget of `--steps` it then ends in the same bits
 //! as if it had never been stopped. Killed, it goes on from the last line of its log.
 
 mod args;
@@ -53,6 +53,8 @@ use transformer_vq::train::{Budget, Corpus, Progress};
 const EVALUATIONS: u64 = 20;
 /// Tokens of each.
 const EVALUATION_LEN: usize = 16 * 1024;
+/// Between two checkpoints there is never more time than this: what a crash can cost.
+const LONGEST_UNSAVED: Duration = Duration::from_secs(300);
 
 fn main() -> ExitCode {
     exit(run(&Args::parse()))
@@ -107,7 +109,7 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
 
     // The clock of a run stands still between sittings.
     let (before, begun) = (progress.seconds, Instant::now());
-    let (mut since, mut steps_since) = (begun, 0);
+    let (mut since, mut steps_since, mut saved) = (begun, 0, begun);
     while progress.fraction(trainer.steps()) < 1.0 && !stop(trainer.steps()) {
         let evaluations = |progress: &Progress, step| (progress.fraction(step) * EVALUATIONS as f64) as u64;
         let due = evaluations(progress, trainer.steps());
@@ -136,7 +138,10 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
             log.push(row)?;
             progress.recent = Default::default();
             trainer.save(&*folder, progress)?;
-            (since, steps_since) = (Instant::now(), 0);
+            (since, steps_since, saved) = (Instant::now(), 0, Instant::now());
+        } else if saved.elapsed() > LONGEST_UNSAVED {
+            trainer.save(&*folder, progress)?;
+            saved = Instant::now();
         }
     }
     bar.finish_and_clear();
@@ -207,16 +212,17 @@ fn finish(run: &Run) -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let size = text.size_of(held_out.clone())?;
     let with_cache = score(model, text, held_out.clone())?;
+    let (seconds, peak_memory) = (begun.elapsed().as_secs_f64(), peak_memory());
     let without = model.clone().with_cache(false);
     let without_cache = score(&without, text, held_out)?;
     say(format!(
         "held out: {} tokens, {} bytes, in {:.0} s; attention on cached codes: {:.1} %",
         size.tokens,
         size.bytes,
-        begun.elapsed().as_secs_f64(),
+        seconds,
         100.0 * with_cache.cached_mass(),
     ));
-    if let Some(bytes) = peak_memory() {
+    if let Some(bytes) = peak_memory {
         say(format!("peak memory: {:.0} MB", bytes as f64 / 1e6));
     }
     let [nats, nats_without] = [&with_cache, &without_cache].map(|scorer| scorer.nats_per_token());

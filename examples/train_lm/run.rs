@@ -4,13 +4,14 @@ use std::error::Error;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use transformer_vq::model::{ModelConfig, Transformer, write_atomically};
 use transformer_vq::train::{Batches, Budget, Corpus, Progress, Trainer};
 
 use crate::args::Args;
+use crate::say;
 use crate::sizes::Sizes;
 use crate::text::{batches, name, read_text, split};
 
@@ -28,6 +29,9 @@ pub struct Options {
     pub enwik8: bool,
     /// Tells whether the text is still the same.
     text: Fingerprint,
+    /// And the tokenizer; none in runs of before 2026-11-28.
+    #[serde(default)]
+    tokenizer_file: Option<Fingerprint>,
     pub seed: u64,
     pub sizes: Sizes,
 }
@@ -48,11 +52,7 @@ impl Options {
 }
 
 /// What is learned.
-fn open(
-    data: Option<&std::path::Path>,
-    images: bool,
-    tokenizer: Option<&std::path::Path>,
-) -> Result<Corpus, Box<dyn Error>> {
+fn open(data: Option<&Path>, images: bool, tokenizer: Option<&Path>) -> Result<Corpus, Box<dyn Error>> {
     let text = match data {
         Some(folder) if images => Corpus::images(folder)?,
         data => read_text(data)?,
@@ -64,12 +64,12 @@ fn open(
 }
 
 #[cfg(feature = "tokenizers")]
-fn tokenized(text: Corpus, path: &std::path::Path) -> Result<Corpus, Box<dyn Error>> {
+fn tokenized(text: Corpus, path: &Path) -> Result<Corpus, Box<dyn Error>> {
     Ok(text.with_tokenizer(transformer_vq::train::Tokenizer::open(path)?)?)
 }
 
 #[cfg(not(feature = "tokenizers"))]
-fn tokenized(_: Corpus, _: &std::path::Path) -> Result<Corpus, Box<dyn Error>> {
+fn tokenized(_: Corpus, _: &Path) -> Result<Corpus, Box<dyn Error>> {
     Err("--tokenizer needs `cargo run --release --features tokenizers --example train_lm`".into())
 }
 
@@ -81,15 +81,77 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
-    fn new(text: &Corpus) -> Result<Self, Box<dyn Error>> {
-        let mix = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        let (bytes, piece) = (text.n_bytes(), 1 << 20);
-        let mut fnv1a = 0xcbf2_9ce4_8422_2325;
-        for start in (0..bytes).step_by(piece) {
-            fnv1a = text.read_bytes(start..bytes.min(start + piece))?.iter().fold(fnv1a, mix);
+    fn of_text(text: &Corpus) -> Result<Self, Box<dyn Error>> {
+        let (n_bytes, piece) = (text.n_bytes(), 1 << 20);
+        let mut fingerprint = Fingerprint { bytes: 0, fnv1a: 0xcbf2_9ce4_8422_2325 };
+        for start in (0..n_bytes).step_by(piece) {
+            fingerprint.add(&text.read_bytes(start..n_bytes.min(start + piece))?);
         }
-        Ok(Fingerprint { bytes, fnv1a })
+        Ok(fingerprint)
     }
+
+    fn of_file(path: &Path) -> Result<Self, Box<dyn Error>> {
+        let mut fingerprint = Fingerprint { bytes: 0, fnv1a: 0xcbf2_9ce4_8422_2325 };
+        fingerprint.add(&fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?);
+        Ok(fingerprint)
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        let mix = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        self.fnv1a = bytes.iter().fold(self.fnv1a, mix);
+        self.bytes += bytes.len();
+    }
+}
+
+/// What a run leaves in its folder, the checkpoint first: without it the rest is no run.
+const FILES: [&str; 7] = [
+    "checkpoint.json",
+    "tensors-a.safetensors",
+    "tensors-b.safetensors",
+    "run.json",
+    "log.csv",
+    "curves.svg",
+    "sample.png",
+];
+
+/// Checks that a run does not learn from what it writes.
+fn check_apart(data: &Path, folder: &Path) -> Result<(), Box<dyn Error>> {
+    if !data.is_dir() || !std::path::absolute(folder)?.starts_with(data) {
+        return Ok(());
+    }
+    let (folder, data) = (folder.display(), data.display());
+    Err(format!("--out {folder} lies in --data {data}: the run would read its own files").into())
+}
+
+/// Moves an earlier run, if there is one, into the folder `previous`, where it can be resumed; what was there goes.
+fn set_aside(folder: &Path) -> Result<(), Box<dyn Error>> {
+    let previous = folder.join("previous");
+    let failed = |action: &str, path: &Path, e: std::io::Error| {
+        Box::<dyn Error>::from(format!("cannot {action} {}: {e}", path.display()))
+    };
+    if !folder.join(FILES[0]).exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(&previous).map_err(|e| failed("create", &previous, e))?;
+    for name in FILES {
+        let path = previous.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("remove", &path, e)),
+            _ => {}
+        }
+    }
+    // The checkpoint leaves first and arrives last: it is never taken for one of the new run.
+    let (checkpoint, moving) = (folder.join(FILES[0]), previous.join("moving.json"));
+    fs::rename(&checkpoint, &moving).map_err(|e| failed("move", &checkpoint, e))?;
+    for name in &FILES[1..] {
+        match fs::rename(folder.join(name), previous.join(name)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("move", &folder.join(name), e)),
+            _ => {}
+        }
+    }
+    fs::rename(&moving, previous.join(FILES[0])).map_err(|e| failed("move", &moving, e))?;
+    say(format!("the run that was in {} is now in {}", folder.display(), previous.display()));
+    Ok(())
 }
 
 /// A run, ready to go on.
@@ -111,6 +173,9 @@ impl Run {
         let data = args.data.as_ref().map(std::path::absolute).transpose()?;
         let tokenizer = args.tokenizer.as_ref().map(std::path::absolute).transpose()?;
         let (images, enwik8) = (args.images, args.enwik8);
+        if let Some(data) = &data {
+            check_apart(data, &folder)?;
+        }
         let text = open(data.as_deref(), images, tokenizer.as_deref())?;
         let seed = args.seed.unwrap_or(1);
         let sizes = args.sizes.clone();
@@ -126,24 +191,19 @@ impl Run {
         if bytes.map_or(true, |bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
             return Err(format!("{} parameters do not fit into memory", config.n_parameters()).into());
         }
-        let fingerprint = Fingerprint::new(&text)?;
-        let options = Options { data, images, tokenizer, enwik8, text: fingerprint, seed, sizes };
+        let fingerprint = Fingerprint::of_text(&text)?;
+        let tokenizer_file = tokenizer.as_deref().map(Fingerprint::of_file).transpose()?;
+        let options =
+            Options { data, images, tokenizer, enwik8, text: fingerprint, tokenizer_file, seed, sizes };
         let (training, held_out) = options.parts(&text, &progress)?;
         let batches = batches(&text, training.clone(), &progress)?;
         let mut trainer = options.sizes.trainer(Transformer::new(config, seed)?)?;
 
         fs::create_dir_all(&folder).map_err(|e| format!("cannot create {}: {e}", folder.display()))?;
-        // The checkpoint of an earlier run goes first, so that it is never taken for one of this run.
-        for name in ["checkpoint.json", "log.csv", "curves.svg"] {
-            match fs::remove_file(folder.join(name)) {
-                Err(e) if e.kind() != ErrorKind::NotFound => {
-                    return Err(format!("cannot remove {}: {e}", folder.join(name).display()).into());
-                }
-                _ => {}
-            }
-        }
+        let json = serde_json::to_vec_pretty(&options)?;
+        set_aside(&folder)?;
         write_atomically(folder.join("run.json"), |out| {
-            serde_json::to_writer_pretty(&mut *out, &options)?;
+            out.write_all(&json)?;
             out.write_all(b"\n")
         })?;
         trainer.save(&folder, &progress)?;
@@ -159,11 +219,17 @@ impl Run {
             serde_json::from_slice(&json).map_err(|e| format!("{}: {e}", path.display()))?;
         let (trainer, progress) = Trainer::load(&folder)?;
         let text = open(options.data.as_deref(), options.images, options.tokenizer.as_deref())?;
-        let (then, now) = (&options.text, Fingerprint::new(&text)?);
+        let (then, now) = (&options.text, Fingerprint::of_text(&text)?);
         if *then != now {
             let name = name(options.data.as_deref());
             let sizes = format!("{} bytes then, {} now", then.bytes, now.bytes);
             return Err(format!("{name} changed since the run was begun ({sizes}); begin a new one").into());
+        }
+        if let (Some(path), Some(then)) = (&options.tokenizer, &options.tokenizer_file)
+            && *then != Fingerprint::of_file(path)?
+        {
+            let path = path.display();
+            return Err(format!("{path} changed since the run was begun; begin a new one").into());
         }
         let (known, needed) = (trainer.model().config().vocab_size, text.vocab_size());
         if known != needed {

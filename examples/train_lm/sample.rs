@@ -13,6 +13,8 @@ use crate::say;
 /// Tokens of a prompt and of a sample.
 const PROMPT: usize = 64;
 const SAMPLE: usize = 400;
+/// Numbers of the largest picture that is drawn: half a minute for a small model.
+const LARGEST_IMAGE: usize = 3 << 16;
 
 /// Continues the beginning of what was held out; of images, draws one into `sample.png`.
 pub fn show(run: &Run) -> Result<(), Box<dyn Error>> {
@@ -22,6 +24,10 @@ pub fn show(run: &Run) -> Result<(), Box<dyn Error>> {
         (Some(shape), Some(end)) => (vec![end], shape.height * shape.width * shape.channels),
         _ => (text.read(held_out.start..held_out.end.min(held_out.start + PROMPT))?, SAMPLE),
     };
+    if len > LARGEST_IMAGE {
+        say(format!("no sample: a picture of {len} numbers would take long to draw, one after the other"));
+        return Ok(());
+    }
     let sampler = Sampler { temperature: 0.8, top_k: None, top_p: Some(0.95) };
     let mut generator = Generator::new(run.trainer.model(), sampler, run.options.seed)?;
     generator.read(Array1::from_vec(prompt.clone()).view())?;
