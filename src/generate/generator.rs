@@ -82,14 +82,14 @@ impl<'m, T: Scalar> Generator<'m, T> {
     /// As many streams as seeds that go on from here side by side, each with draws of its own; this one stays as it is.
     ///
     /// # Errors
-    /// [`Error::Empty`] without seeds, or if nothing has been read yet.
+    /// [`Error::Empty`] without seeds, or if nothing has been read yet, [`Error::TooLarge`].
     pub fn branch(&self, seeds: &[u64]) -> Result<BatchGenerator<'m, T>, Error> {
         let logits = self.logits.as_ref().ok_or(Error::Empty { what: "prompt" })?;
         if seeds.is_empty() {
             return Err(Error::Empty { what: "seeds" });
         }
         let logits = logits.broadcast((seeds.len(), logits.len())).expect("one row for each").to_owned();
-        let state = self.state.repeat_first(seeds.len());
+        let state = self.state.repeat_first(seeds.len())?;
         Ok(BatchGenerator::from_parts(self.model.clone(), self.sampler, seeds, state, Some(logits)))
     }
 

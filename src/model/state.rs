@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use super::{ModelConfig, UnitKind};
 use crate::attention::AttentionState;
 use crate::attention::quadratic::KeyValues;
-use crate::error::check_shape;
+use crate::error::{check_memory, check_shape};
 use crate::{Error, Scalar};
 
 /// The attention states of one unit, by sequence and key head.
@@ -160,9 +160,11 @@ impl<T: Scalar> ModelState<T> {
     }
 
     /// The state of `n` sequences that are all what the first one here is.
-    pub(crate) fn repeat_first(&self, n: usize) -> Self {
-        let one = |states: &UnitState<T>| UnitState::join(std::iter::repeat_n(&states.rows(0..1), n));
-        ModelState { layers: self.layers.iter().map(one).collect() }
+    pub(crate) fn repeat_first(&self, n: usize) -> Result<Self, Error> {
+        let first: Vec<_> = self.layers.iter().map(|states| states.rows(0..1)).collect();
+        check_memory::<u8>("states", &[n, first.iter().map(UnitState::size_in_bytes).sum()])?;
+        let repeat = |states| UnitState::join(std::iter::repeat_n(states, n));
+        Ok(ModelState { layers: first.iter().map(repeat).collect() })
     }
 
     /// Checks that this state was made for such a model and batch.
