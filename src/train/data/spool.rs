@@ -2,10 +2,8 @@
 
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use tempfile::NamedTempFile;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Error;
 
@@ -15,12 +13,8 @@ pub(super) fn io_error(path: &Path, action: &'static str, e: &std::io::Error) ->
 
 /// Fills `buffer` with what stands in the file from here on.
 pub(super) fn read_at(path: &Path, at: u64, buffer: &mut [u8]) -> Result<(), Error> {
-    let read = |buffer: &mut [u8]| {
-        let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(at))?;
-        file.read_exact(buffer)
-    };
-    read(buffer).map_err(|e| match e.kind() {
+    let read = File::open(path).and_then(|mut file| fill(&mut file, at, buffer));
+    read.map_err(|e| match e.kind() {
         ErrorKind::UnexpectedEof => {
             Error::File { path: path.to_path_buf(), problem: "is shorter than when it was opened".into() }
         }
@@ -28,36 +22,46 @@ pub(super) fn read_at(path: &Path, at: u64, buffer: &mut [u8]) -> Result<(), Err
     })
 }
 
-/// A temporary file, removed when the last clone goes.
+fn fill(file: &mut File, at: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+    file.seek(SeekFrom::Start(at))?;
+    file.read_exact(buffer)
+}
+
+fn spool_error(action: &'static str, e: &std::io::Error) -> Error {
+    io_error(&std::env::temp_dir(), action, e)
+}
+
+/// A temporary file without a name: the system removes it when the last clone goes, however the process ends.
 #[derive(Debug, Clone)]
 pub(super) struct Spool {
-    file: Arc<NamedTempFile>,
+    file: Arc<Mutex<File>>,
 }
 
 /// A temporary file that is being written.
 pub(super) struct SpoolWriter {
-    path: PathBuf,
-    out: BufWriter<NamedTempFile>,
+    out: BufWriter<File>,
 }
 
 impl SpoolWriter {
     pub fn new() -> Result<Self, Error> {
-        let file = NamedTempFile::new().map_err(|e| io_error(&std::env::temp_dir(), "write", &e))?;
-        Ok(SpoolWriter { path: file.path().to_path_buf(), out: BufWriter::with_capacity(1 << 16, file) })
+        let file = tempfile::tempfile().map_err(|e| spool_error("write", &e))?;
+        Ok(SpoolWriter { out: BufWriter::with_capacity(1 << 16, file) })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.out.write_all(bytes).map_err(|e| io_error(&self.path, "write", &e))
+        self.out.write_all(bytes).map_err(|e| spool_error("write", &e))
     }
 
     pub fn finish(self) -> Result<Spool, Error> {
-        let file = self.out.into_inner().map_err(|e| io_error(&self.path, "write", e.error()))?;
-        Ok(Spool { file: Arc::new(file) })
+        let file = self.out.into_inner().map_err(|e| spool_error("write", e.error()))?;
+        Ok(Spool { file: Arc::new(Mutex::new(file)) })
     }
 }
 
 impl Spool {
     pub fn read(&self, at: u64, buffer: &mut [u8]) -> Result<(), Error> {
-        read_at(self.file.path(), at, buffer)
+        // A thread that panicked while it read has broken nothing.
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        fill(&mut file, at, buffer).map_err(|e| spool_error("read", &e))
     }
 }
