@@ -10,17 +10,18 @@ use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, blo
 use transformer_vq::check::{finite_difference, relative_rms};
 
 use super::Check;
+use super::worst::worst;
 
 const STEP: f64 = 1e-3;
 
 pub fn checks() -> Vec<Check> {
     let check = |name, worst_error| Check { name, worst_error, tolerance: 1e-8 };
     vec![
-        check("attention: q, k^, v, c, u, w, r", || worst(true, true, true)),
-        check("attention without biases: q, k^, v, c", || worst(true, true, false)),
-        check("attention, blocks constant to later ones", || worst(true, false, true)),
-        check("attention, window only", || worst(false, true, true)),
-        check("attention, window only, blocks constant", || worst(false, false, true)),
+        check("attention: q, k^, v, c, u, w, r", || piece_error(true, true, true)),
+        check("attention without biases: q, k^, v, c", || piece_error(true, true, false)),
+        check("attention, blocks constant to later ones", || piece_error(true, false, true)),
+        check("attention, window only", || piece_error(false, true, true)),
+        check("attention, window only, blocks constant", || piece_error(false, false, true)),
         check("attention, several documents", documents_error),
         check("attention, quadratic: q, k, v", || quadratic_error(false)),
         check("attention, quadratic, several documents", || quadratic_error(true)),
@@ -35,17 +36,17 @@ fn documents_error() -> f64 {
         let starts = Array1::from_shape_fn(t, |i| i == first || i % 6 == 5);
         Case { starts: Some(starts), ..Case::new(attention, t, before, true) }.error()
     });
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }
 
-fn worst(cache: bool, gradient_through_cache: bool, biases: bool) -> f64 {
+fn piece_error(cache: bool, gradient_through_cache: bool, biases: bool) -> f64 {
     // (tokens, tokens before, block length, window): ragged ends, windows shorter and longer than blocks, none at all.
     let sizes = [(13, 0, 4, 3), (11, 9, 3, 5), (9, 4, 4, 0), (7, 20, 1, 2), (10, 6, 16, 4)];
     let errors = sizes.map(|(t, before, block_len, window)| {
         let attention = VqAttention { block_len, window, cache, gradient_through_cache };
         Case::new(attention, t, before, biases).error()
     });
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }
 
 /// The largest error of attention over keys that are not quantized, at lengths of one and of two of its strips of 64 keys.
@@ -75,9 +76,9 @@ fn quadratic_error(documents: bool) -> f64 {
             finite_difference(|v| loss(q.view(), k.view(), v), &v, STEP),
         ];
         let got = [got.q, got.k, got.v];
-        got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)).fold(0.0, f64::max)
+        worst(got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)))
     });
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }
 
 /// One head with everything that can be moved.
@@ -194,7 +195,7 @@ impl Case {
             errors.push(self.one(&loss, w, &got.position, |case, x| case.biases.as_mut().unwrap().1 = x));
             errors.push(self.one(&loss, r, &got.relative, |case, x| case.biases.as_mut().unwrap().2 = x));
         }
-        errors.into_iter().fold(0.0, f64::max)
+        worst(errors)
     }
 
     /// The error of one gradient, that of the array which `put` replaces.

@@ -10,6 +10,7 @@ use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{Codebook, Ema, Estimator, lookup};
 
 use super::Check;
+use super::worst::worst;
 
 const N_CODES: usize = 5;
 const D_K: usize = 3;
@@ -70,9 +71,9 @@ fn one_head(masked: bool) -> f64 {
         let (_, saved) = bidirectional::forward(&inputs).unwrap();
         let d = bidirectional::backward(&inputs, saved, d_out.view()).unwrap();
         let got = [d.q, d.v, d.codewords];
-        got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)).fold(0.0, f64::max)
+        worst(got.iter().zip(&expected).map(|(got, expected)| relative_rms(got, expected)))
     });
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }
 
 /// What is moved.
@@ -182,5 +183,5 @@ fn heads(key_gradient: bool, masked: bool) -> f64 {
         surrogate.one(&got.v, |x| &mut x.v),
         surrogate.one(&got.codewords, |x| &mut x.codewords),
     ];
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }

@@ -13,6 +13,7 @@ use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{Codebook, Ema, Estimator, lookup};
 
 use super::Check;
+use super::worst::worst;
 
 const B: usize = 2;
 const H: usize = 2;
@@ -197,7 +198,7 @@ fn error(attention: VqAttention, masked: bool) -> f64 {
         surrogate.one(&biases.relative, |x| &mut x.relative),
         surrogate.one(&got.codewords, |x| &mut x.codewords),
     ];
-    errors.into_iter().fold(0.0, f64::max)
+    worst(errors)
 }
 
 /// Uniform in [-1, 1].

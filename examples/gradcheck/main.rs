@@ -14,6 +14,8 @@ mod bidirectional;
 mod heads;
 mod model;
 mod ops;
+#[path = "../support/worst.rs"]
+pub mod worst;
 
 /// One line of the table.
 pub struct Check {

@@ -1,8 +1,7 @@
 //! Level 1: the operations on rows. Every gradient that `transformer_vq::ops` offers, at sizes from one element to several
 //! ragged ones; the whole module takes a fraction of a second.
 //!
-//! Most checks weight the outputs with random numbers, f = sum of d_y * forward(x), so that backward(d_y) is the gradient of
-//! f. The worst of several errors is a plain maximum: `relative_rms` is never NaN.
+//! Most checks weight the outputs with random numbers, f = sum of d_y * forward(x), so that backward(d_y) is the gradient of f.
 
 use ndarray::{Array, Array1, Array2, ArrayRef, ArrayView, ArrayView1, ArrayView2, Dimension, ShapeBuilder};
 use rand::{RngExt, SeedableRng};
@@ -11,6 +10,7 @@ use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::ops::{cross_entropy, embedding, linear, rms_norm, silu};
 
 use super::Check;
+use super::worst::worst;
 
 type View1<'a> = ArrayView1<'a, f64>;
 type View2<'a> = ArrayView2<'a, f64>;
@@ -45,10 +45,6 @@ fn error<D: Dimension>(
     f: impl FnMut(ArrayView<'_, f64, D>) -> f64,
 ) -> f64 {
     relative_rms(got, &finite_difference(f, x, STEP))
-}
-
-fn worst(errors: impl IntoIterator<Item = f64>) -> f64 {
-    errors.into_iter().fold(0.0, f64::max)
 }
 
 fn weighted(d_y: &Array2<f64>, y: &Array2<f64>) -> f64 {

@@ -1,6 +1,7 @@
 //! Bidirectional attention equals its definition, outputs and every gradient; and it obeys laws that need none.
 
 use crate::support::random;
+use crate::support::worst::worst;
 use std::collections::BTreeMap;
 
 use ndarray::{Array1, Array2, ArrayRef, Axis, Dimension, concatenate, s};
@@ -147,7 +148,7 @@ fn against_one<T: Scalar, U: Scalar>(got: &Array2<T>, expected: &Array2<U>) -> f
     if largest > 1e-5 {
         return relative_rms(got, expected);
     }
-    got.iter().zip(expected).map(|(a, b)| (a.as_f64() - b.as_f64()).abs()).fold(0.0, f64::max)
+    worst(got.iter().zip(expected).map(|(a, b)| (a.as_f64() - b.as_f64()).abs()))
 }
 
 fn bits<T: Scalar, D: Dimension>(array: &ArrayRef<T, D>) -> Vec<u64> {
@@ -280,8 +281,8 @@ fn keys_of_two_sets_together_are_the_merge_of_what_each_set_gives() {
                 if whole.lse[i] == f64::NEG_INFINITY { 0.0 } else { (part.lse[i] - whole.lse[i]).exp() }
             };
             let merged = &a.out.row(i) * share(&a) + &b.out.row(i) * share(&b);
-            let worst = (&merged - &whole.out.row(i)).mapv(f64::abs).fold(0.0, |a: f64, &b| a.max(b));
-            assert!(worst < 1e-14, "cut at {cut}, {mask:?}: {worst:e}");
+            let error = worst((&merged - &whole.out.row(i)).into_iter().map(f64::abs));
+            assert!(error < 1e-14, "cut at {cut}, {mask:?}: {error:e}");
         }
     }
 }

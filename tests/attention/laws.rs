@@ -3,6 +3,7 @@
 //! To the bit: what a query sees is never touched by later tokens, and the state after a sequence does not depend on how it
 //! was cut into pieces, blocks or single tokens. Outputs of another cut are equal to rounding.
 
+use crate::support::worst::worst;
 use crate::support::{Case, Problem, cases};
 use ndarray::{Array, Array1, Array2, ArrayRef, Axis, Dimension, concatenate, s};
 use proptest::prelude::*;
@@ -59,8 +60,7 @@ fn gradients(attention: &VqAttention, problem: &Problem<f64>) -> Gradients<f64> 
 /// The largest difference; numbers here are of order one. Infinite where one is NaN.
 fn difference<D: Dimension>(a: &ArrayRef<f64, D>, b: &ArrayRef<f64, D>) -> f64 {
     assert_eq!(a.shape(), b.shape());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) })
+    worst(a.iter().zip(b).map(|(a, b)| (a - b).abs()))
 }
 
 fn bits<D: Dimension>(array: &ArrayRef<f64, D>) -> Array<u64, D> {

@@ -13,3 +13,5 @@ mod resume;
 mod runs;
 mod training;
 mod transformer;
+#[path = "../../examples/support/worst.rs"]
+mod worst;

@@ -10,6 +10,9 @@ use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::{AttentionState, Biases, Inputs, VqAttention, stream};
 
+#[path = "../../examples/support/worst.rs"]
+pub mod worst;
+
 /// Standard normal numbers.
 pub fn normal<T: Scalar, Sh: ShapeBuilder>(rng: &mut ChaCha8Rng, shape: Sh) -> Array<T, Sh::Dim>
 where

@@ -15,6 +15,7 @@ use transformer_vq::model::{
 };
 
 use super::Check;
+use super::worst::worst;
 
 mod formulas;
 mod surrogate;
@@ -166,8 +167,8 @@ fn error_at(config: &ModelConfig, masked: bool, step: f64) -> f64 {
     let got = model
         .loss_and_gradients_dropping(piece.view(), targets.view(), mask, &mut state, Some(seed))
         .unwrap();
-    let mut worst: f64 = (surrogate.total(model.parameters()) / got.total - 1.0).abs();
-    for (i, gradient) in got.gradients.views().into_iter().enumerate() {
+    let of_total = (surrogate.total(model.parameters()) / got.total - 1.0).abs();
+    let of_gradients = got.gradients.views().into_iter().enumerate().map(|(i, gradient)| {
         let mut moved = model.parameters().clone();
         let at = model.parameters().views()[i].value.to_owned();
         let expected = finite_difference(
@@ -179,7 +180,7 @@ fn error_at(config: &ModelConfig, masked: bool, step: f64) -> f64 {
             step,
         );
         let gradient: ArrayD<f64> = gradient.value.to_owned();
-        worst = worst.max(relative_rms(&gradient, &expected));
-    }
-    worst
+        relative_rms(&gradient, &expected)
+    });
+    worst(of_gradients.chain([of_total]))
 }
