@@ -87,7 +87,7 @@ impl<T: Scalar> Batch<T> {
 
 fn batches<T: Scalar>() -> Vec<Batch<T>> {
     let mut all = vec![];
-    for sizes in [(0, 4, 1), (1, 0, 1), (3, 1, 2), (70, 25, 1), (9, 130, 3)] {
+    for sizes in [(0, 4, 1), (1, 0, 1), (3, 1, 2), (70, 25, 1), (9, 130, 3), (9, 1100, 2)] {
         for (key_gradient, masked) in [(false, false), (true, false), (false, true), (true, true)] {
             all.push(Batch::new(sizes, key_gradient, masked));
         }
@@ -146,10 +146,12 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
 #[test]
 fn keys_pass_what_they_share_through_the_estimator() {
     let rotation = Estimator::Rotation(Rotation::default());
-    for (estimator, masked) in
-        [rotation, Estimator::Directional, Estimator::None].into_iter().flat_map(|e| [(e, false), (e, true)])
+    let all = [rotation, Estimator::Directional, Estimator::None];
+    // Keys of one task, and of two (of 1024).
+    for (estimator, masked, keys) in
+        all.into_iter().flat_map(|e| [(e, false, 30), (e, true, 30), (e, true, 1100)])
     {
-        let plain = Batch::<f64>::new((20, 30, 1), true, masked);
+        let plain = Batch::<f64>::new((20, keys, 1), true, masked);
         let (keys, codewords) = (plain.k.view(), plain.codebook.codewords());
         let shared = |batch: &Batch<f64>| {
             let (_, saved) = batch.attention.forward(&batch.inputs(), &batch.codebook).unwrap();
@@ -254,6 +256,9 @@ fn arrays_that_the_caller_keeps_may_hold_anything() {
                 array.fill(f64::NAN);
             }
             output.lse.fill(f64::NAN);
+            output.codes.fill(u32::MAX);
+            output.commit_loss = f64::NAN;
+            gradients.codewords.fill(f64::NAN);
         }
     }
 }

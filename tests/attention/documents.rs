@@ -3,17 +3,18 @@
 
 use std::ops::Range;
 
+use crate::support::worst::worst;
 use crate::support::{Problem, cases, random};
-use ndarray::{Array1, Array2, Array3, Array4, Axis, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayViewMut2, Axis, s};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::{
-    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, Gradients, Output, VqAttention,
-    blockwise, quadratic, stream,
+    AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, Biases,
+    Gradients, Inputs, Output, VqAttention, blockwise, quadratic, stream,
 };
 use transformer_vq::check::relative_rms;
-use transformer_vq::codebook::{Codebook, Ema, Estimator};
+use transformer_vq::codebook::{Codebook, Ema, Estimator, Rotation, commitment};
 
 type Computed = (Output<f64>, AttentionState<f64>);
 
@@ -75,7 +76,7 @@ proptest! {
         }
         let d = gradients(attention, &problem, &problem.state);
         let mut d_codewords = Array2::<f64>::zeros(d.codewords.raw_dim());
-        let mut d_content = Array1::<f64>::zeros(case.d_k);
+        let [mut d_content, mut d_position] = [(); 2].map(|()| Array1::<f64>::zeros(case.d_k));
         let mut d_relative = Array2::<f64>::zeros((attention.window + 1, case.d_k));
         for (tokens, begins) in documents(starts) {
             let before = if begins { &fresh } else { &problem.state };
@@ -86,6 +87,7 @@ proptest! {
             d_codewords += &one.codewords;
             if let Some(one) = one.biases {
                 d_content += &one.content;
+                d_position += &one.position;
                 d_relative += &one.relative;
             }
         }
@@ -93,6 +95,7 @@ proptest! {
         prop_assert!(d.codewords.iter().zip(&d_codewords).all(|(&a, &b)| close(a, b)));
         if let Some(d) = d.biases {
             prop_assert!(d.content.iter().zip(&d_content).all(|(&a, &b)| close(a, b)));
+            prop_assert!(d.position.iter().zip(&d_position).all(|(&a, &b)| close(a, b)));
             prop_assert!(d.relative.iter().zip(&d_relative).all(|(&a, &b)| close(a, b)));
         }
     }
@@ -164,7 +167,6 @@ fn quadratic_attention_meets_each_document_alone() {
 
 const B: usize = 4;
 const H: usize = 2;
-const T: usize = 30;
 const S: usize = 7;
 const K: usize = 5;
 const V: usize = 4;
@@ -176,6 +178,7 @@ struct Batch {
     k: Array4<f64>,
     v: Array4<f64>,
     content: Array2<f64>,
+    position: Array2<f64>,
     relative: Array3<f64>,
     mask: Array2<bool>,
     starts: Option<Array2<bool>>,
@@ -186,30 +189,32 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(attention: VqAttention, documents: bool, padded: bool) -> Self {
+    /// T tokens, with so many query heads for each key head.
+    fn new(attention: VqAttention, (t, group): (usize, usize), documents: bool, padded: bool) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(7);
         let codebook = Codebook::ema(Ema::from_codewords(random(rng, (H, S, K)), 0.9).unwrap());
         let states = attention.new_states(B, &codebook, V).unwrap();
-        let starts = documents.then(|| Array2::from_shape_simple_fn((B, T), || rng.random_range(0..8) == 0));
+        let starts = documents.then(|| Array2::from_shape_simple_fn((B, t), || rng.random_range(0..8) == 0));
         let mut batch = Batch {
-            q: random(rng, (B, H, T, K)),
-            k: random(rng, (B, H, T, K)),
-            v: random(rng, (B, H, T, V)),
-            content: random(rng, (H, K)),
+            q: random(rng, (B, group * H, t, K)),
+            k: random(rng, (B, H, t, K)),
+            v: random(rng, (B, H, t, V)),
+            content: random(rng, (group * H, K)),
+            position: random(rng, (group * H, K)),
             relative: random(rng, (H, attention.window + 1, K)),
-            mask: Array2::from_shape_fn((B, T), |(b, t)| (b + 2 * t) % 5 > 1),
+            mask: Array2::from_shape_fn((B, t), |(b, t)| (b + 2 * t) % 5 > 1),
             starts,
-            lengths: padded.then(|| Array1::from_vec(vec![30, 0, 17, 1])),
+            lengths: padded.then(|| Array1::from_vec(vec![t, 0, t * 17 / 30, 1])),
             codebook,
             states: states.clone(),
-            d_out: random(rng, (B, H, T, V)),
+            d_out: random(rng, (B, group * H, t, V)),
             attention,
         };
         // All of it has been seen before: states are filled.
         batch.states = batch.push(&batch.inputs(), states).1;
-        batch.q = random(rng, (B, H, T, K));
-        batch.k = random(rng, (B, H, T, K));
-        batch.v = random(rng, (B, H, T, V));
+        batch.q = random(rng, (B, group * H, t, K));
+        batch.k = random(rng, (B, H, t, K));
+        batch.v = random(rng, (B, H, t, V));
         batch
     }
 
@@ -217,7 +222,7 @@ impl Batch {
         BatchInputs {
             biases: Some(BatchBiases {
                 content: self.content.view(),
-                position: self.content.view(),
+                position: self.position.view(),
                 relative: self.relative.view(),
             }),
             mask: Some(self.mask.view()),
@@ -227,8 +232,35 @@ impl Batch {
         }
     }
 
+    /// T.
+    fn t(&self) -> usize {
+        self.q.len_of(Axis(2))
+    }
+
     fn len(&self, b: usize) -> usize {
-        self.lengths.as_ref().map_or(T, |lengths| lengths[b])
+        self.lengths.as_ref().map_or(self.t(), |lengths| lengths[b])
+    }
+
+    /// What query head h of sequence b takes, as far as it exists.
+    fn head<'s>(
+        &'s self,
+        (b, h): (usize, usize),
+        codes: &'s Array3<u32>,
+        codewords: &'s Array3<f64>,
+    ) -> Inputs<'s, f64> {
+        let (key_head, len) = (h / (self.q.dim().1 / H), self.len(b));
+        Inputs {
+            q: self.q.slice(s![b, h, ..len, ..]),
+            codes: codes.slice(s![b, key_head, ..len]),
+            v: self.v.slice(s![b, key_head, ..len, ..]),
+            codewords: codewords.index_axis(Axis(0), key_head),
+            biases: Some(Biases {
+                content: self.content.row(h),
+                position: self.position.row(h),
+                relative: self.relative.index_axis(Axis(0), key_head),
+            }),
+            starts: self.starts.as_ref().map(|starts| starts.slice(s![b, ..len])),
+        }
     }
 
     /// Sequence b as far as it exists, in a batch of its own.
@@ -274,8 +306,102 @@ fn batches() -> Vec<Batch> {
         VqAttention { cache: false, ..base },
         VqAttention { block_len: 40, window: 0, ..base },
     ];
-    let options = [(false, false), (true, false), (false, true), (true, true)];
-    kinds.into_iter().flat_map(|kind| options.map(|(a, b)| Batch::new(kind, a, b))).collect()
+    let options = [(1, false, false), (1, true, false), (1, false, true), (1, true, true), (2, true, true)];
+    let of_kind = |kind| options.map(|(group, a, b)| Batch::new(kind, (30, group), a, b));
+    kinds.into_iter().flat_map(of_kind).collect()
+}
+
+/// More tokens than keys are treated at once (64), and than a task takes (1024).
+fn long_batches() -> impl Iterator<Item = Batch> {
+    let attention = VqAttention { block_len: 100, window: 70, ..VqAttention::default() };
+    let options = [(70, 1, false), (70, 2, true), (1100, 2, false), (1100, 2, true)];
+    options.into_iter().map(move |(t, group, documents)| Batch::new(attention, (t, group), documents, true))
+}
+
+fn zeros_of(d: &BatchGradients<f64>) -> BatchGradients<f64> {
+    let biases = d.biases.as_ref().unwrap();
+    BatchGradients {
+        q: Array4::zeros(d.q.raw_dim()),
+        k: Array4::zeros(d.k.raw_dim()),
+        v: Array4::zeros(d.v.raw_dim()),
+        codewords: Array3::zeros(d.codewords.raw_dim()),
+        biases: Some(BatchBiasGradients {
+            content: Array2::zeros(biases.content.raw_dim()),
+            position: Array2::zeros(biases.position.raw_dim()),
+            relative: Array3::zeros(biases.relative.raw_dim()),
+        }),
+    }
+}
+
+/// Relative RMS of the gradients of everything that all sequences share.
+fn error_of_shared(got: &BatchGradients<f64>, expected: &BatchGradients<f64>) -> f64 {
+    let (u, v) = (got.biases.as_ref().unwrap(), expected.biases.as_ref().unwrap());
+    worst([
+        relative_rms(&got.codewords, &expected.codewords),
+        relative_rms(&u.content, &v.content),
+        relative_rms(&u.position, &v.position),
+        relative_rms(&u.relative, &v.relative),
+    ])
+}
+
+/// The functions of one head and of the codebook, called one by one on the tokens that exist, under every estimator.
+#[test]
+fn heads_are_the_functions_of_one_head_called_one_by_one() {
+    let rotation = Estimator::Rotation(Rotation::default());
+    let estimators = [Estimator::StraightThrough, rotation, Estimator::Directional, Estimator::None];
+    for batch in batches().into_iter().chain(long_batches()) {
+        let (inputs, d_out, group) = (batch.inputs(), batch.d_out.view(), batch.q.dim().1 / H);
+        let mut states = batch.states.clone();
+        let (output, saved) = batch.attention.forward(&inputs, &batch.codebook, &mut states).unwrap();
+        let backward = |estimator| {
+            batch.attention.backward(&inputs, saved.clone(), d_out, estimator, COMMIT_WEIGHT).unwrap()
+        };
+        let (codes, codewords) = (batch.codebook.assign(batch.k.view()).unwrap(), batch.codebook.codewords());
+        // Of quantized keys in place of keys, and of codewords as the cache reads them.
+        let mut sums = zeros_of(&backward(Estimator::StraightThrough));
+        for (b, h) in ndarray::indices((B, group * H)) {
+            let (key_head, rows) = (h / group, s![b, h, ..batch.len(b), ..]);
+            let of_keys = s![b, key_head, ..batch.len(b), ..];
+            let (one, mut state) =
+                (batch.head((b, h), &codes, &codewords), batch.states[[b, key_head]].clone());
+            let (of_head, saved) = blockwise::forward(&batch.attention, &one, &mut state).unwrap();
+            let own = s![b, h, ..batch.len(b)];
+            assert_eq!(
+                (output.out.slice(rows), output.lse.slice(own)),
+                (of_head.out.view(), of_head.lse.view())
+            );
+            assert_eq!(output.cached_mass.slice(own), of_head.cached_mass);
+            assert_eq!(states[[b, key_head]], state);
+            let d = blockwise::backward(&batch.attention, &one, saved, batch.d_out.slice(rows)).unwrap();
+            let (of_biases, d_biases) = (sums.biases.as_mut().unwrap(), d.biases.unwrap());
+            let add = |mut sum: ArrayViewMut2<'_, f64>, d: &Array2<f64>| sum += d;
+            add(sums.q.slice_mut(rows), &d.q);
+            add(sums.k.slice_mut(of_keys), &d.k_hat);
+            add(sums.v.slice_mut(of_keys), &d.v);
+            add(sums.codewords.index_axis_mut(Axis(0), key_head), &d.codewords);
+            add(of_biases.content.slice_mut(s![h..=h, ..]), &d_biases.content.insert_axis(Axis(0)));
+            add(of_biases.position.slice_mut(s![h..=h, ..]), &d_biases.position.insert_axis(Axis(0)));
+            add(of_biases.relative.index_axis_mut(Axis(0), key_head), &d_biases.relative);
+        }
+        let counts = Array2::from_shape_fn(batch.mask.dim(), |(b, t)| batch.mask[[b, t]] && t < batch.len(b));
+        let (keys, codes, codewords) = (batch.k.view(), codes.view(), codewords.view());
+        let of_loss =
+            commitment::backward(keys, codes, codewords, Some(counts.view()), COMMIT_WEIGHT).unwrap();
+        for estimator in estimators {
+            let mut expected = sums.clone();
+            expected.codewords +=
+                &estimator.codeword_gradient(keys, codes, codewords, sums.k.view()).unwrap();
+            expected.k = estimator.key_gradient(keys, codes, codewords, sums.k.clone()).unwrap() + &of_loss;
+            let got = backward(estimator);
+            let of_rows = [
+                relative_rms(&got.q, &expected.q),
+                relative_rms(&got.k, &expected.k),
+                relative_rms(&got.v, &expected.v),
+            ];
+            let error = worst(of_rows.into_iter().chain([error_of_shared(&got, &expected)]));
+            assert!(error <= 1e-13, "{estimator:?}, T = {}: {error:e}", batch.t());
+        }
+    }
 }
 
 #[test]
@@ -289,7 +415,7 @@ fn each_sequence_of_a_batch_is_as_if_it_had_been_fed_alone() {
         let counted = |b: usize| (0..batch.len(b)).filter(|&t| batch.mask[[b, t]]).count() as f64;
         let all: f64 = (0..B).map(counted).sum();
         let (mut loss, mut stats) = (0.0, None);
-        let mut d_codewords = Array3::<f64>::zeros(d.codewords.raw_dim());
+        let mut sums = zeros_of(&d);
         for b in 0..B {
             let len = batch.len(b);
             let before = batch.states.slice(s![b..b + 1, ..]).to_owned();
@@ -303,7 +429,11 @@ fn each_sequence_of_a_batch_is_as_if_it_had_been_fed_alone() {
             assert_eq!(states.slice(s![b..b + 1, ..]), after);
             assert_eq!((d.q.slice(rows), d.v.slice(rows)), (one_d.q.view(), one_d.v.view()));
             assert!(relative_rms(&d.k.slice(rows).to_owned(), &one_d.k) < 1e-14);
-            d_codewords += &one_d.codewords;
+            sums.codewords += &one_d.codewords;
+            let (of_biases, one_d) = (sums.biases.as_mut().unwrap(), one_d.biases.unwrap());
+            of_biases.content += &one_d.content;
+            of_biases.position += &one_d.position;
+            of_biases.relative += &one_d.relative;
             loss += one.commit_loss * counted(b) / all;
             match &mut stats {
                 None => stats = Some(one.stats),
@@ -323,7 +453,7 @@ fn each_sequence_of_a_batch_is_as_if_it_had_been_fed_alone() {
         assert!((output.commit_loss - loss).abs() < 1e-14);
         assert_eq!(output.stats.counts(), stats.as_ref().unwrap().counts());
         assert!(relative_rms(&output.stats.sums().to_owned(), &stats.unwrap().sums().to_owned()) < 1e-14);
-        assert!(relative_rms(&d.codewords, &d_codewords) < 1e-13);
+        assert!(error_of_shared(&d, &sums) < 1e-13);
     }
 }
 
@@ -332,7 +462,7 @@ fn token_by_token_documents_and_lengths_give_the_same() {
     for batch in batches() {
         let (expected, expected_states) = batch.push(&batch.inputs(), batch.states.clone());
         let mut states = batch.states.clone();
-        for t in 0..T {
+        for t in 0..batch.t() {
             let lengths = Array1::from_shape_fn(B, |b| usize::from(t < batch.len(b)));
             let inputs = batch.tokens(0..B, t..t + 1);
             let inputs = BatchInputs { lengths: Some(lengths.view()), ..inputs };
@@ -353,7 +483,8 @@ fn any_number_of_threads_gives_the_same_bits() {
             let bits = |batch: &Batch| {
                 let (output, states, d) =
                     batch.run(&batch.inputs(), batch.states.clone(), batch.d_out.view(), COMMIT_WEIGHT);
-                (output.out, output.stats, states, d.q, d.k, d.v, d.codewords)
+                let biases = d.biases.map(|d| (d.content, d.position, d.relative));
+                (output.out, output.stats, states, d.q, d.k, d.v, d.codewords, biases)
             };
             Vec::from_iter(batches().iter().map(bits))
         })

@@ -2,13 +2,13 @@
 //! memory layouts and numbers of threads change no bit.
 
 use crate::support::random;
-use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, Axis, ShapeBuilder, concatenate, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, ArrayViewD, Axis, ShapeBuilder, concatenate, s};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::{
-    AttentionState, BatchBiases, BatchGradients, BatchInputs, BatchOutput, Biases, Inputs, VqAttention,
-    blockwise,
+    AttentionState, BatchBiasGradients, BatchBiases, BatchGradients, BatchInputs, BatchOutput, Biases,
+    Inputs, VqAttention, blockwise,
 };
 use transformer_vq::check::relative_rms;
 use transformer_vq::codebook::{CodeStats, Codebook, Ema, Estimator, commitment};
@@ -109,10 +109,12 @@ impl<T: Scalar> Batch<T> {
     }
 }
 
-/// With and without cache, gradient through it, biases and mask; no token, few, many.
+/// With and without cache, gradient through it, biases and mask; no token, few, more than keys are treated at once (64), and
+/// more than a task takes (1024).
 fn batches<T: Scalar>() -> Vec<Batch<T>> {
     let base = VqAttention { block_len: 6, window: 4, ..VqAttention::default() };
-    let batch = |attention, biased, masked| [0, 1, 3, 25].map(|t| Batch::new(attention, t, biased, masked));
+    let batch =
+        |attention, biased, masked| [0, 1, 3, 25, 70, 1100].map(|t| Batch::new(attention, t, biased, masked));
     let mut all = vec![];
     all.extend(batch(base, true, true));
     all.extend(batch(base, false, false));
@@ -126,6 +128,8 @@ fn batches<T: Scalar>() -> Vec<Batch<T>> {
 fn heads_are_the_functions_of_one_head_called_one_by_one() {
     for batch in batches::<f64>() {
         let (output, states, gradients) = batch.run(&batch.inputs(), batch.d_out.view());
+        // Equal to the bit, unless backward is cut into segments.
+        let bound = if batch.q.len_of(Axis(2)) < 1024 { 0.0 } else { 1e-14 };
         let (keys, codewords) = (batch.k.view(), batch.codebook.codewords());
         let codes = batch.codebook.assign(keys).unwrap();
         assert_eq!(output.codes, codes);
@@ -163,8 +167,8 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
             assert_eq!(states[[b, h]], state);
             let d_out = batch.d_out.slice(s![b, h, .., ..]);
             let d = blockwise::backward(&batch.attention, &inputs, saved, d_out).unwrap();
-            assert_eq!(gradients.q.slice(s![b, h, .., ..]), d.q);
-            assert_eq!(gradients.v.slice(s![b, h, .., ..]), d.v);
+            assert!(relative_rms(&gradients.q.slice(s![b, h, .., ..]), &d.q) <= bound);
+            assert!(relative_rms(&gradients.v.slice(s![b, h, .., ..]), &d.v) <= bound);
             let mut d_k = d_k.slice_mut(s![b, h, .., ..]);
             d_k += &d.k_hat; // straight through
             let mut sum = d_codewords.index_axis_mut(Axis(0), h);
@@ -181,12 +185,12 @@ fn heads_are_the_functions_of_one_head_called_one_by_one() {
                 r += &d.relative;
             }
         }
-        assert!(relative_rms(&gradients.k, &d_k) < 1e-15);
-        assert!(relative_rms(&gradients.codewords, &d_codewords) < 1e-15);
+        assert!(relative_rms(&gradients.k, &d_k) < bound + 1e-15);
+        assert!(relative_rms(&gradients.codewords, &d_codewords) < bound + 1e-15);
         if let (Some(got), Some(expected)) = (&gradients.biases, &d_biases) {
-            assert_eq!(got.content, expected.content);
-            assert_eq!(got.position, expected.position);
-            assert_eq!(got.relative, expected.relative);
+            assert!(relative_rms(&got.content, &expected.content) <= bound);
+            assert!(relative_rms(&got.position, &expected.position) <= bound);
+            assert!(relative_rms(&got.relative, &expected.relative) <= bound);
         }
     }
 }
@@ -224,7 +228,8 @@ fn layouts<T: Scalar>() {
         let (bits, stats, states) = batch.bits(&inputs, unfold(&d_out));
         assert_eq!((stats, states), (expected.1, expected.2));
         for (got, expected) in bits.into_iter().zip(expected.0) {
-            let error = (f64::from_bits(got) - f64::from_bits(expected)).abs();
+            let [got, expected] = [got, expected].map(f64::from_bits);
+            let error = (got - expected).abs() / (1.0 + expected.abs());
             assert!(error < 50.0 * T::epsilon().as_f64(), "{error:e}");
         }
     }
@@ -276,6 +281,12 @@ fn any_number_of_threads_gives_the_same_bits() {
     assert!(on(8) == expected);
 }
 
+/// Gradients of u, w and r, to be compared.
+fn of_biases(d: &BatchGradients<f64>) -> Option<[ArrayViewD<'_, f64>; 3]> {
+    let BatchBiasGradients { content, position, relative } = d.biases.as_ref()?;
+    Some([content.view().into_dyn(), position.view().into_dyn(), relative.view().into_dyn()])
+}
+
 #[test]
 fn arrays_that_the_caller_keeps_may_hold_anything() {
     let (mut output, mut gradients) = (BatchOutput::default(), BatchGradients::default());
@@ -298,12 +309,21 @@ fn arrays_that_the_caller_keeps_may_hold_anything() {
             assert_eq!(states, expected_states);
             assert_eq!((&gradients.q, &gradients.k), (&expected_d.q, &expected_d.k));
             assert_eq!((&gradients.v, &gradients.codewords), (&expected_d.v, &expected_d.codewords));
+            assert_eq!(of_biases(&gradients), of_biases(&expected_d));
             output.out.fill(f64::NAN);
             output.lse.fill(f64::NAN);
             output.cached_mass.fill(f64::NAN);
+            output.codes.fill(u32::MAX);
+            output.commit_loss = f64::NAN;
             gradients.q.fill(f64::NAN);
             gradients.k.fill(f64::NAN);
             gradients.v.fill(f64::NAN);
+            gradients.codewords.fill(f64::NAN);
+            if let Some(biases) = &mut gradients.biases {
+                biases.content.fill(f64::NAN);
+                biases.position.fill(f64::NAN);
+                biases.relative.fill(f64::NAN);
+            }
         }
     }
 }

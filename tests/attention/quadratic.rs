@@ -1,7 +1,7 @@
 //! Quadratic attention equals the definition in which every key is its own codeword.
 
 use crate::support::random;
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, ArrayD, s};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::attention::quadratic::{self, KeyValues};
@@ -310,6 +310,81 @@ fn pieces_with_biases_equal_the_definition() {
     }
     // Keys in more than one segment.
     pieces_equal_the_definition(2100, 90, 70);
+}
+
+/// A piece with biases of the distances 0..=M, in precision T.
+struct Piece<T> {
+    q: Array2<T>,
+    biases: (Array1<T>, Array1<T>, Array2<T>),
+    all: KeyValues<T>,
+    d_out: Array2<T>,
+}
+
+impl<T: Scalar> Piece<T> {
+    /// The last queries of a sequence.
+    fn new(t: usize, from: usize, window: usize, (d_k, d_v): (usize, usize)) -> Self {
+        let (Problem { q, k, v, d_out }, piece) = (Problem::new(t, d_k, d_v), s![from.., ..]);
+        let rng = &mut ChaCha8Rng::seed_from_u64((t + window) as u64);
+        let biases: (Array1<f64>, Array1<f64>, Array2<f64>) =
+            (random(rng, d_k), random(rng, d_k), random(rng, (window + 1, d_k)));
+        let mut all = KeyValues::new(d_k, d_v).unwrap();
+        all.push(k.mapv(T::from_f64).view(), v.mapv(T::from_f64).view()).unwrap();
+        Piece {
+            q: q.slice(piece).mapv(T::from_f64),
+            biases: (biases.0.mapv(T::from_f64), biases.1.mapv(T::from_f64), biases.2.mapv(T::from_f64)),
+            all,
+            d_out: d_out.slice(piece).mapv(T::from_f64),
+        }
+    }
+
+    /// o, lse, dq, dk, dv, du, dw, dr.
+    fn run(&self) -> [ArrayD<T>; 8] {
+        let (u, w, r) = &self.biases;
+        let biases = Some(Biases { content: u.view(), position: w.view(), relative: r.view() });
+        let (q, all) = (self.q.view(), &self.all);
+        let (out, lse) = quadratic::attend(q, biases, all).unwrap();
+        let d =
+            quadratic::attend_backward(q, biases, all, out.view(), lse.view(), self.d_out.view()).unwrap();
+        let of_biases = d.biases.unwrap();
+        [
+            out.into_dyn(),
+            lse.into_dyn(),
+            d.q.into_dyn(),
+            d.k.into_dyn(),
+            d.v.into_dyn(),
+            of_biases.content.into_dyn(),
+            of_biases.position.into_dyn(),
+            of_biases.relative.into_dyn(),
+        ]
+    }
+}
+
+/// Pieces of one block and of several; keys of one segment and of several.
+const PIECES: [(usize, usize, usize); 4] = [(70, 64, 3), (300, 0, 70), (333, 30, 500), (2100, 90, 70)];
+
+#[test]
+fn pieces_with_biases_in_f32_agree_with_those_in_f64() {
+    for (t, from, window) in PIECES {
+        let single = Piece::<f32>::new(t, from, window, (5, 3)).run();
+        let double = Piece::<f64>::new(t, from, window, (5, 3)).run();
+        for (i, (got, expected)) in single.iter().zip(&double).enumerate() {
+            let error = relative_rms(got, expected);
+            assert!(error < 1e-5, "array {i}: {error:e}, T = {t} from {from}, M = {window}");
+        }
+    }
+}
+
+#[test]
+fn pieces_with_biases_have_the_same_bits_on_any_number_of_threads() {
+    for (t, from, window) in PIECES {
+        let piece = Piece::<f32>::new(t, from, window, (20, 18));
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| piece.run())
+        };
+        let expected = on(1);
+        assert!(on(2) == expected && on(5) == expected, "T = {t} from {from}, M = {window}");
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Codebooks in turn, and vectors in groups: codes, sums, losses, gradients, statistics.
 
+use crate::estimators::estimators;
 use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView4, Axis, concatenate, s};
 use transformer_vq::check::{finite_difference, relative_rms};
 use transformer_vq::codebook::{
@@ -125,6 +126,36 @@ fn gradients_equal_finite_differences() {
                 mask.iter().flat_map(|mask| mask.indexed_iter()).filter(|(_, counts)| !**counts)
             {
                 assert_eq!(got.slice(s![b, .., t, ..]), d_quantized.slice(s![b, .., t, ..]));
+            }
+        }
+    }
+}
+
+/// Each vector its own codeword: the estimator sees the sum of all levels as one look-up. The commitment does not pass it.
+#[test]
+fn estimators_see_the_sum_of_all_levels() {
+    for (dim @ [b, _, t, _], n_codes) in SIZES {
+        let Case { keys: x, mask, residual } = case(dim, n_codes);
+        let d_quantized = keys(dim, 5);
+        let own = Array3::from_shape_fn((1, dim[1], t), |(_, _, t)| t as u32);
+        for (estimator, mask) in
+            estimators().into_iter().flat_map(|estimator| [(estimator, None), (estimator, Some(mask.view()))])
+        {
+            let (output, saved) = residual.forward(x.view(), mask).unwrap();
+            let backward = |estimator, weight| {
+                saved.clone().backward(x.view(), mask, d_quantized.view(), estimator, weight).unwrap()
+            };
+            let got = backward(estimator, 0.0);
+            for b in 0..b {
+                let (keys, sums) = (x.slice(s![b..=b, .., .., ..]), output.quantized.index_axis(Axis(0), b));
+                let d = d_quantized.slice(s![b..=b, .., .., ..]).to_owned();
+                let expected = estimator.key_gradient(keys, own.view(), sums, d).unwrap();
+                assert_eq!(got.slice(s![b..=b, .., .., ..]), expected, "{estimator:?} {dim:?}");
+            }
+            let expected = got + backward(Estimator::StraightThrough, 0.7) - &d_quantized;
+            for (got, expected) in backward(estimator, 0.7).iter().zip(&expected) {
+                let error = (got - expected).abs();
+                assert!(error <= 1e-13 * (1.0 + expected.abs()), "{estimator:?} {dim:?}: {error:e}");
             }
         }
     }
