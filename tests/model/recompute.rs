@@ -1,17 +1,19 @@
 //! Units that are computed again in backward give the gradients, and the runs, of those that are kept: bit for bit.
 
+use crate::layouts::{self, DROPOUT, layouts, model, piece_of_training};
 use crate::runs::{batches, config, progress, train, trainer};
 use transformer_vq::codebook::{Estimator, Rotation};
 use transformer_vq::model::{
     CodewordGradient, Dropout, FeedForward, FeedForwardKind, LearningConfig, ModelConfig, Revival, UnitKind,
 };
+use transformer_vq::ndarray::Array2;
 use transformer_vq::train::{Gradients, Trainer};
 
-/// Every kind of unit, of learning and of dropout.
+/// Every layout, whole and dropped; kinds of learning beside.
 fn configs() -> Vec<ModelConfig> {
     let gradient = CodewordGradient { codebook_weight: 0.3, from_attention: true };
     let base = ModelConfig { commit_weight: 0.2, n_layers: 3, ..config() };
-    vec![
+    let mut all = vec![
         ModelConfig { revival: Some(Revival { ratio: 0.5, every: 2 }), ..base.clone() },
         ModelConfig {
             learning: LearningConfig::Gradient(gradient),
@@ -24,14 +26,21 @@ fn configs() -> Vec<ModelConfig> {
             feed_forward: Some(FeedForward { width: 9, kind: FeedForwardKind::SwiGlu }),
             ..base
         },
-    ]
+    ];
+    for (_, config) in layouts() {
+        all.push(ModelConfig { dropout: DROPOUT, ..config.clone() });
+        all.push(config);
+    }
+    all
 }
 
 #[test]
 fn gradients_and_runs_keep_their_bits() {
-    for config in configs() {
+    for (config, micro_batches) in configs().into_iter().flat_map(|config| [(config.clone(), 1), (config, 2)])
+    {
         let again = ModelConfig { recompute: true, ..config.clone() };
-        let (mut kept, mut again): (Trainer<f32>, Trainer<f32>) = (trainer(config), trainer(again));
+        let [mut kept, mut again]: [Trainer<f32>; 2] = [config, again]
+            .map(|config| trainer(config).with_dropout_seed(3).with_micro_batches(micro_batches).unwrap());
         let (mut progress, mut progress_again) = (progress(), progress());
         // In the middle of a sequence: states matter.
         let reports = train(&mut kept, &mut progress, 5);
@@ -40,5 +49,19 @@ fn gradients_and_runs_keep_their_bits() {
         assert!(!batch.first);
         let [a, b]: [Gradients<f32>; 2] = [&mut kept, &mut again].map(|t| t.gradients(&batch).unwrap());
         assert_eq!(a, b);
+    }
+}
+
+#[test]
+fn masked_losses_and_their_gradients_keep_their_bits() {
+    let mask = Array2::from_shape_fn((layouts::B, layouts::T), |(b, t)| (b + 2 * t) % 5 > 1);
+    for config in configs() {
+        let again = ModelConfig { recompute: true, ..config.clone() };
+        let run = |config: &ModelConfig| {
+            let (got, state) = piece_of_training(&model(config), Some(&mask));
+            let stats = Vec::from_iter(got.layers.into_iter().map(|layer| layer.stats));
+            ([got.loss, got.commit_loss, got.total], got.gradients, stats, state)
+        };
+        assert!(run(&config) == run(&again), "{config:?}");
     }
 }

@@ -1,6 +1,7 @@
 //! A run that is stopped anywhere, saved, loaded and continued is the run that was never stopped, bit for bit; and a step
 //! that cannot be taken leaves everything as it was.
 
+use crate::layouts::DROPOUT;
 use crate::runs::{STEPS, bits, config, progress, train, trainer, trainer_with};
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{CodebookStart, ModelConfig, Revival, Transformer};
@@ -57,6 +58,27 @@ fn a_run_of_any_optimizer_that_is_stopped_ends_in_the_same_bits() {
     };
     stopped(|| trainer::<f32>(config()).with_groups(groups()).unwrap().with_micro_batches(2).unwrap(), stops);
     stopped(|| trainer_with::<f32>(config(), Lion::default()).with_groups(groups()).unwrap(), stops);
+}
+
+/// Masks of a seed of their own, drawn for micro-batches.
+fn dropping<T: Scalar>(seed: u64) -> Trainer<T> {
+    let config = ModelConfig { dropout: DROPOUT, ..config() };
+    trainer::<T>(config).with_dropout_seed(seed).with_micro_batches(2).unwrap()
+}
+
+#[test]
+fn a_run_with_dropout_that_is_stopped_ends_in_the_same_bits() {
+    stopped(|| dropping::<f32>(7), [0, 1, 2, 4, 12]);
+    stopped(|| dropping::<f64>(u64::MAX), [4]);
+}
+
+/// Or the test above could not tell that a seed has been forgotten.
+#[test]
+fn another_seed_of_dropout_is_another_run() {
+    let losses =
+        |seed| Vec::from_iter(train(&mut dropping::<f32>(seed), &mut progress(), 3).iter().map(|r| r.loss));
+    assert_eq!(losses(7), losses(7));
+    assert!(losses(7).iter().zip(losses(0)).all(|(a, b)| *a != b));
 }
 
 #[test]

@@ -11,19 +11,19 @@ use rand_chacha::ChaCha8Rng;
 use transformer_vq::Scalar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::check::relative_rms;
-use transformer_vq::generate::{Generator, Sampler};
+use transformer_vq::generate::{Generator, Sampler, Scorer};
 use transformer_vq::model::{
-    CodewordGradient, Dropout, DropoutSeed, FeedForward, FeedForwardKind, LearningConfig, ModelConfig,
-    Transformer, UnitKind,
+    CodewordGradient, Dropout, DropoutSeed, FeedForward, FeedForwardKind, LearningConfig, LossAndGradients,
+    ModelConfig, ModelState, Transformer, UnitKind,
 };
 use transformer_vq::train::Trainer;
 
-const B: usize = 2;
-const T: usize = 37;
+pub const B: usize = 2;
+pub const T: usize = 37;
 const VOCAB: usize = 12;
 
 const SWIGLU: Option<FeedForward> = Some(FeedForward { kind: FeedForwardKind::SwiGlu, width: 10 });
-const DROPOUT: Dropout = Dropout { embedding: 0.1, residual: 0.2, sinusoid: 0.2, layer: 0.2 };
+pub const DROPOUT: Dropout = Dropout { embedding: 0.1, residual: 0.2, sinusoid: 0.2, layer: 0.2 };
 const GELU: Option<FeedForward> = Some(FeedForward { kind: FeedForwardKind::Gelu, width: 14 });
 
 fn small() -> ModelConfig {
@@ -31,7 +31,7 @@ fn small() -> ModelConfig {
 }
 
 /// Every layout, by name.
-fn layouts() -> Vec<(&'static str, ModelConfig)> {
+pub fn layouts() -> Vec<(&'static str, ModelConfig)> {
     let heads = |n_heads, n_key_heads, gate| ModelConfig { n_heads, n_key_heads, gate, ..small() };
     let by_gradient =
         LearningConfig::Gradient(CodewordGradient { codebook_weight: 0.3, from_attention: true });
@@ -59,7 +59,7 @@ fn layouts() -> Vec<(&'static str, ModelConfig)> {
 }
 
 /// A model whose biases and scalars have left zero, where mistakes hide.
-fn model(config: &ModelConfig) -> Transformer {
+pub fn model(config: &ModelConfig) -> Transformer {
     let mut model = Transformer::new(config.clone(), 3).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(4);
     for mut parameter in model.parameters_mut() {
@@ -71,6 +71,20 @@ fn model(config: &ModelConfig) -> Transformer {
 fn tokens(seed: u64, t: usize) -> Array2<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     Array2::from_shape_simple_fn((B, t), || rng.random_range(0..VOCAB as u32))
+}
+
+/// Losses and gradients of a piece after another one, with dropout if there is some, and the state after it.
+pub fn piece_of_training<N: Scalar>(
+    model: &Transformer<N>,
+    mask: Option<&Array2<bool>>,
+) -> (LossAndGradients<N>, ModelState<N>) {
+    let mut state = model.new_state(B).unwrap();
+    model.push(tokens(7, 10).view(), &mut state).unwrap();
+    let (inputs, targets, mask) = (tokens(1, T), tokens(2, T), mask.map(|mask| mask.view()));
+    let seed = Some(DropoutSeed { seed: 1, step: 2, sequence: 3, first: 0 });
+    let got =
+        model.loss_and_gradients_dropping(inputs.view(), targets.view(), mask, &mut state, seed).unwrap();
+    (got, state)
 }
 
 fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
@@ -98,6 +112,54 @@ fn pieces_and_single_tokens_give_the_whole() {
             }
             assert_eq!([&pushed, &decoded, &carried].map(|state| state.position()), [T as u64; 3], "{name}");
         }
+    }
+}
+
+/// No key lies so near the border of two cells that rounding gives it another code.
+#[test]
+fn decoding_in_f32_gives_the_logits_in_f64() {
+    for (name, config) in layouts() {
+        let (single, tokens) = (model(&config), tokens(5, T));
+        let double = single.cast::<f64>();
+        let (expected, ..) = double.forward(tokens.view(), None, &mut double.new_state(B).unwrap()).unwrap();
+        let (prepared, mut state) = (single.prepare().unwrap(), single.new_state(B).unwrap());
+        for t in 0..T {
+            let (logits, _) = prepared.push(tokens.slice(s![.., t..=t]), &mut state).unwrap();
+            let error = relative_rms(&logits, &expected.slice(s![.., t..=t, ..]));
+            assert!(error < 1e-5, "{name}, token {t}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_scorer_tells_the_mean_of_the_shares_that_units_report() {
+    for (name, config) in layouts() {
+        let model = model(&config).cast::<f64>();
+        let text = tokens(5, T + 1);
+        let (before, after) = (text.slice(s![..1, ..T]), text.row(0));
+        let after = after.slice(s![1..]);
+        for len in [1, 7, T] {
+            let (mut scorer, mut state) = (Scorer::new(&model).unwrap(), model.new_state(1).unwrap());
+            let (prepared, mut sum) = (model.prepare().unwrap(), 0.0);
+            for from in (0..T).step_by(len) {
+                let tokens = from..T.min(from + len);
+                let piece = before.slice(s![.., tokens.clone()]);
+                scorer.push(piece.row(0), after.slice(s![tokens.clone()])).unwrap();
+                let (_, reports) = prepared.push(piece, &mut state).unwrap();
+                let shares = reports.iter().map(|report| report.cached_mass * tokens.len() as f64);
+                sum += shares.sum::<f64>();
+                let expected = sum / (tokens.end * config.n_layers) as f64;
+                assert!((scorer.cached_mass() - expected).abs() < 1e-14, "{name}, pieces of {len}");
+            }
+        }
+        // Training reports the same of a whole piece.
+        let mut scorer = Scorer::new(&model).unwrap();
+        scorer.push(before.row(0), after).unwrap();
+        let (_, reports, _) = model.forward(before, None, &mut model.new_state(1).unwrap()).unwrap();
+        let mean = reports.iter().map(|report| report.cached_mass).sum::<f64>() / config.n_layers as f64;
+        assert!((scorer.cached_mass() - mean).abs() < 1e-14, "{name}");
+        let reads_a_cache = (0..config.n_layers).any(|unit| config.unit(unit) == UnitKind::Vq);
+        assert_eq!(mean > 0.0, reads_a_cache, "{name}: {mean}");
     }
 }
 
@@ -145,18 +207,28 @@ fn any_number_of_threads_gives_the_same_losses_and_gradients() {
         let model = model(&config);
         let on = |threads| {
             on_threads(threads, || {
-                let mut state = model.new_state(B).unwrap();
-                model.push(tokens(7, 10).view(), &mut state).unwrap();
-                let (inputs, targets) = (tokens(1, T), tokens(2, T));
-                let seed = Some(DropoutSeed { seed: 1, step: 2, sequence: 3, first: 0 });
-                let (inputs, targets) = (inputs.view(), targets.view());
-                let got = model.loss_and_gradients_dropping(inputs, targets, None, &mut state, seed).unwrap();
+                let (got, state) = piece_of_training(&model, None);
                 let gradients = got.gradients.views().into_iter().map(|p| p.value.mapv(f32::to_bits));
                 (got.loss.to_bits(), got.commit_loss.to_bits(), Vec::from_iter(gradients), state)
             })
         };
         let expected = on(1);
         assert!(on(2) == expected && on(5) == expected, "{name}");
+    }
+}
+
+#[test]
+fn in_f32_losses_and_gradients_are_those_in_f64() {
+    for (name, config) in layouts() {
+        let single = model(&config);
+        let (a, _) = piece_of_training(&single, None);
+        let (b, _) = piece_of_training(&single.cast::<f64>(), None);
+        assert!((a.loss - b.loss).abs() < 1e-5 * b.loss, "{name}: {} {}", a.loss, b.loss);
+        assert!((a.commit_loss - b.commit_loss).abs() <= 1e-5 * b.commit_loss, "{name}");
+        for (a, b) in a.gradients.views().into_iter().zip(b.gradients.views()) {
+            let error = relative_rms(&a.value, &b.value);
+            assert!(error < 3e-5, "{name}: {}: {error:e}", a.name);
+        }
     }
 }
 
