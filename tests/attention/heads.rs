@@ -229,7 +229,9 @@ fn layouts<T: Scalar>() {
         assert_eq!((stats, states), (expected.1, expected.2));
         for (got, expected) in bits.into_iter().zip(expected.0) {
             let [got, expected] = [got, expected].map(f64::from_bits);
-            let error = (got - expected).abs() / (1.0 + expected.abs());
+            // Sums over more than a thousand tokens are large.
+            let scale = if batch.q.len_of(Axis(2)) > 100 { expected.abs().max(1.0) } else { 1.0 };
+            let error = (got - expected).abs() / scale;
             assert!(error < 50.0 * T::epsilon().as_f64(), "{error:e}");
         }
     }
