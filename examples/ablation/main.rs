@@ -8,7 +8,7 @@
 //!
 //! ```sh
 //! cargo run --release --example ablation
-//! cargo run --release --example ablation -- --data FILE --steps 2000
+//! cargo run --release --example ablation -- --data PATH --steps 2000
 //! ```
 
 #[path = "../support/budget.rs"]
@@ -17,6 +17,14 @@ mod budget;
 mod chart;
 #[path = "../support/exit.rs"]
 mod exit;
+#[path = "../support/options.rs"]
+mod options;
+#[path = "../support/out.rs"]
+mod out;
+#[path = "../support/say.rs"]
+mod say;
+#[path = "../support/statistics.rs"]
+mod statistics;
 #[path = "../support/text.rs"]
 mod text;
 
@@ -31,32 +39,38 @@ use chart::{Chart, Curve, number};
 use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
+use options::distinct;
+use out::Folder;
 use plotters::prelude::*;
+use say::say;
+use statistics::{deviation, mean};
 use text::{name, read_text, score, split};
 use transformer_vq::attention::VqAttention;
-use transformer_vq::model::{ModelConfig, write_atomically};
+use transformer_vq::model::ModelConfig;
 use transformer_vq::train::{BatchConfig, Budget, Corpus};
 
-/// Bytes of the held-out text that are read.
+/// Tokens of the held-out text that are read.
 const JUDGED: usize = 96 * 1024;
 
 /// Trains a language model once for each change.
 #[derive(Debug, Parser)]
 #[command(name = "ablation")]
 struct Args {
-    /// Text to learn; its last tenth is held out [default: this crate's sources and documentation]
-    #[arg(long, value_name = "FILE")]
+    /// Text to learn, a file or a folder of files; its last tenth is held out [default: this crate's sources and documentation]
+    #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
 
     /// Steps of training, 2,048 bytes each
-    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 400, default_value_if("short", "true", "2"))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
     /// Seeds of weights and batches; all but the first for the comparison of the cache alone
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,3")]
+    #[arg(default_value_if("short", "true", "1"))]
     seeds: Vec<u64>,
 
-    /// Two steps, one seed, a narrow model: whether everything runs, not how well
+    /// A narrow model; two steps, one seed unless asked for: whether everything runs, not how well
     #[arg(long)]
     short: bool,
 
@@ -107,8 +121,9 @@ impl fmt::Display for Change {
 }
 
 impl Change {
-    fn config(self, short: bool) -> ModelConfig {
+    fn config(self, text: &Corpus, short: bool) -> ModelConfig {
         let mut config = ModelConfig {
+            vocab_size: text.vocab_size(),
             d_model: if short { 16 } else { 128 },
             n_layers: 2,
             d_v: 256,
@@ -143,7 +158,7 @@ const HEAD: &str = "| change | codes | window | block | cache | bits per byte | 
 
 impl Row {
     fn mean(&self) -> f64 {
-        self.bits_per_byte.iter().sum::<f64>() / self.bits_per_byte.len() as f64
+        mean(&self.bits_per_byte)
     }
 }
 
@@ -153,10 +168,8 @@ impl fmt::Display for Row {
         let cache = if cache { "on" } else { "off" };
         let (n_codes, mean) = (self.config.n_codes, self.mean());
         write!(f, "| {} | {n_codes} | {window} | {block_len} | {cache} | {mean:.4}", self.change)?;
-        let n = self.bits_per_byte.len();
-        if n > 1 {
-            let squares = self.bits_per_byte.iter().map(|bits| (bits - mean).powi(2)).sum::<f64>();
-            write!(f, " ± {:.4}", (squares / (n - 1) as f64).sqrt())?;
+        if let Some(deviation) = deviation(&self.bits_per_byte) {
+            write!(f, " ± {deviation:.4}")?;
         }
         let Row { training_speed, reading_speed, cached_mass, .. } = self;
         write!(f, " | {training_speed:.0} | {reading_speed:.0} | {:.0} % |", 100.0 * cached_mass)
@@ -164,23 +177,16 @@ impl fmt::Display for Row {
 }
 
 fn main() -> ExitCode {
-    let mut args = Args::parse();
-    if args.short {
-        args.steps = 2;
-        args.seeds.truncate(1);
-    }
-    exit(run(&args))
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    distinct("--seeds", &args.seeds)?;
     let text = read_text(args.data.as_deref())?;
-    println!(
-        "{}; {} steps, {} threads\n",
-        name(args.data.as_deref()),
-        args.steps,
-        rayon::current_num_threads()
-    );
-    println!("{HEAD}");
+    let folder = Folder::create(&args.out)?;
+    let (name, threads) = (name(args.data.as_deref()), rayon::current_num_threads());
+    say(format!("{name}; {} steps, {threads} threads\n", args.steps));
+    say(HEAD);
     let seeds_of = |change| match change {
         Change::None | NoCache => &args.seeds[..],
         _ => &args.seeds[..1.min(args.seeds.len())],
@@ -192,16 +198,15 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     for change in CHANGES {
         bar.set_prefix(change.to_string());
         let row = row(change, seeds_of(change), &text, args, &bar)?;
-        bar.suspend(|| println!("{row}"));
         table += &format!("{row}\n");
+        // After each row, for who stops before the last.
+        folder.write("table.md", &table)?;
+        bar.suspend(|| say(&row));
         rows.push(row);
     }
     bar.finish_and_clear();
-    std::fs::create_dir_all(&args.out)?;
-    write_atomically(args.out.join("table.md"), |out| out.write_all(table.as_bytes()))?;
-    let svg = draw(&rows)?;
-    write_atomically(args.out.join("ablation.svg"), |out| out.write_all(svg.as_bytes()))?;
-    println!("\ninto {}", args.out.display());
+    folder.write("ablation.svg", draw(&rows)?)?;
+    say(format!("\ninto {folder}"));
     Ok(())
 }
 
@@ -212,7 +217,7 @@ fn row(
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Row, Box<dyn Error>> {
-    let config = change.config(args.short);
+    let config = change.config(text, args.short);
     let mut row = Row {
         change,
         config: config.clone(),
@@ -228,8 +233,9 @@ fn row(
         let trained = train(config.clone(), text, progress, bar, |_, _, _| Ok(()))?;
         let most = if args.short { 4096 } else { JUDGED };
         let begun = Instant::now();
-        let scorer = score(&trained.model, text, held_out.start..held_out.end.min(held_out.start + most))?;
-        row.bits_per_byte.push(scorer.bits_per_byte());
+        let judged = held_out.start..held_out.end.min(held_out.start + most);
+        let scorer = score(&trained.model, text, judged.clone())?;
+        row.bits_per_byte.push(text.size_of(judged)?.bits_per_byte(scorer.nats_per_token()));
         row.training_speed = trained.tokens / trained.seconds;
         row.reading_speed = scorer.tokens() as f64 / begun.elapsed().as_secs_f64();
         row.cached_mass = scorer.cached_mass();

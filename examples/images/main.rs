@@ -11,8 +11,12 @@
 
 #[path = "../support/exit.rs"]
 mod exit;
+#[path = "../support/out.rs"]
+mod out;
 mod pictures;
 mod png;
+#[path = "../support/say.rs"]
+mod say;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -21,12 +25,14 @@ use std::process::ExitCode;
 use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
+use out::Folder;
 use pictures::{LEVELS, PIXELS, Picture, SIDE, draw};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use say::say;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::generate::Sampler;
-use transformer_vq::model::{CodebookStart, ModelConfig, Transformer, write_atomically};
+use transformer_vq::model::{CodebookStart, ModelConfig, Transformer};
 use transformer_vq::ndarray::{Array2, s};
 use transformer_vq::ops::cross_entropy;
 use transformer_vq::train::{AdamW, Batch, Schedule, Trainer};
@@ -47,14 +53,15 @@ const GAP: usize = 4;
 #[command(name = "images")]
 struct Args {
     /// Steps of training, eight pictures each
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, value_name = "N", default_value_t = 1000, default_value_if("short", "true", "3"))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
     /// Seed of weights and pictures
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 
-    /// Few steps: whether everything runs, not how well
+    /// Few steps unless asked for: whether everything runs, not how well
     #[arg(long)]
     short: bool,
 
@@ -64,11 +71,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let mut args = Args::parse();
-    if args.short {
-        args.steps = 3;
-    }
-    exit(run(&args))
+    exit(run(&Args::parse()))
 }
 
 fn config() -> ModelConfig {
@@ -87,7 +90,8 @@ fn config() -> ModelConfig {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let model = Transformer::new(config(), args.seed)?;
-    println!("{} parameters, {} steps of {BATCH} pictures\n", model.config().n_parameters(), args.steps);
+    let folder = Folder::create(&args.out)?;
+    say(format!("{} parameters, {} steps of {BATCH} pictures\n", model.config().n_parameters(), args.steps));
     let mut trainer =
         Trainer::new(model, AdamW { learning_rate: 3e-3, clip: Some(1.0), ..AdamW::default() })?;
     let (mut rng, schedule) = (ChaCha8Rng::seed_from_u64(args.seed), Schedule::new(0.05, 0.1)?);
@@ -116,12 +120,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         table += &format!("| {name} | {bits:.4} |\n");
     }
     bar.finish_and_clear();
-    print!("{table}");
-    std::fs::create_dir_all(&args.out)?;
-    write_atomically(args.out.join("table.md"), |out| out.write_all(table.as_bytes()))?;
-    let file = grid(&[&unseen[..columns * rows], &written]);
-    write_atomically(args.out.join("images.png"), |out| out.write_all(&file))?;
-    println!("\ninto {}", args.out.display());
+    folder.write("table.md", &table)?;
+    folder.write("images.png", grid(&[&unseen[..columns * rows], &written]))?;
+    say(format!("{table}\ninto {folder}"));
     Ok(())
 }
 

@@ -18,7 +18,17 @@ mod chart;
 #[path = "../support/exit.rs"]
 mod exit;
 mod learn;
+#[path = "../support/options.rs"]
+mod options;
+#[path = "../support/out.rs"]
+mod out;
+#[path = "../support/process.rs"]
+mod process;
 mod report;
+#[path = "../support/say.rs"]
+mod say;
+#[path = "../support/statistics.rs"]
+mod statistics;
 mod stream;
 mod text;
 
@@ -29,6 +39,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
+use options::{distinct, within};
+use out::Folder;
 use rayon::prelude::*;
 use report::Outcome;
 
@@ -36,22 +48,25 @@ use report::Outcome;
 const DISTANCES: [f64; 4] = [0.01, 0.1, 0.5, 0.99];
 
 /// A million tokens through a state of constant size.
-#[derive(Debug, Clone, Parser)]
+#[derive(Debug, Parser)]
 #[command(name = "long_context")]
 struct Args {
     /// Bytes of the text that is read after training
-    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, default_value_if("short", "true", "20000"))]
+    #[arg(value_parser = within(20_000..=1 << 30))]
     len: usize,
 
     /// Steps of training
-    #[arg(long, value_name = "N", default_value_t = 300)]
+    #[arg(long, value_name = "N", default_value_t = 300, default_value_if("short", "true", "4"))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
     /// Seeds of weights and texts
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,3")]
+    #[arg(default_value_if("short", "true", "1"))]
     seeds: Vec<u64>,
 
-    /// Few steps, a short text, narrow keys: whether everything runs, not how well
+    /// Narrow keys; few steps, a short text unless asked for: whether everything runs, not how well
     #[arg(long)]
     short: bool,
 
@@ -61,20 +76,15 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let mut args = Args::parse();
-    if args.short {
-        args = Args { len: 20_000, steps: 4, seeds: vec![1], ..args };
-    }
-    exit(run(&args))
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
-    if args.len < 20_000 || args.seeds.is_empty() || args.steps == 0 {
-        return Err("at least 20000 bytes, one seed, one step".into());
-    }
+    distinct("--seeds", &args.seeds)?;
+    let folder = Folder::create(&args.out)?;
     let style = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}")?;
-    let each = learn::STEP_COST * args.steps + 2 * args.len as u64;
-    let bar = ProgressBar::new(each * args.seeds.len() as u64).with_style(style);
+    let each = learn::STEP_COST.saturating_mul(args.steps).saturating_add(2 * args.len as u64);
+    let bar = ProgressBar::new(each.saturating_mul(args.seeds.len() as u64)).with_style(style);
     let config = learn::config(args.short);
     let distances = DISTANCES.map(|part| (part * args.len as f64) as usize);
     let outcome = |&seed: &u64| {
@@ -86,5 +96,5 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     };
     let outcomes = args.seeds.par_iter().map(outcome).collect::<Result<Vec<_>, _>>()?;
     bar.finish_and_clear();
-    report::write(&outcomes, &args.out)
+    report::write(&outcomes, &folder)
 }

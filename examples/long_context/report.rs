@@ -1,12 +1,12 @@
 //! The results as tables and as a picture.
 
 use std::error::Error;
-use std::path::Path;
 
 use plotters::prelude::*;
-use transformer_vq::model::write_atomically;
 
 use crate::chart::{Chart, Curve, number};
+use crate::out::Folder;
+use crate::say::say;
 use crate::stream::{KEPT_PER_PLACE, Streamed};
 
 /// One seed: the same model and text, with the cache and without.
@@ -19,16 +19,21 @@ pub struct Outcome {
 type Cache = fn(&Outcome) -> &Streamed;
 const CACHES: [(&str, Cache); 2] = [("on", |outcome| &outcome.on), ("off", |outcome| &outcome.off)];
 
-/// Prints the tables and writes them, with the picture, into a folder.
-pub fn write(outcomes: &[Outcome], folder: &Path) -> Result<(), Box<dyn Error>> {
-    let tables = format!("{}\n{}\n{}", kept(outcomes), by_position(outcomes), places(&outcomes[0].on));
-    print!("{tables}");
-    std::fs::create_dir_all(folder)?;
-    write_atomically(folder.join("table.md"), |out| out.write_all(tables.as_bytes()))?;
-    let svg = draw(outcomes)?;
-    write_atomically(folder.join("long_context.svg"), |out| out.write_all(svg.as_bytes()))?;
-    println!("\ninto {}", folder.display());
+/// Writes the tables, with the picture, into a folder, and prints them.
+pub fn write(outcomes: &[Outcome], folder: &Folder) -> Result<(), Box<dyn Error>> {
+    let tables = format!("{}\n{}\n{}", kept(outcomes), by_position(outcomes), places(outcomes));
+    folder.write("table.md", &tables)?;
+    folder.write("long_context.svg", draw(outcomes)?)?;
+    say(format!("{tables}\ninto {folder}"));
     Ok(())
+}
+
+/// What times are of: seeds run at the same time, and share the machine.
+fn side_by_side(outcomes: &[Outcome]) -> String {
+    match outcomes.len() {
+        1 => String::new(),
+        n => format!(", {n} seeds side by side"),
+    }
 }
 
 /// Facts told at the beginning, by distance: how many of them are known.
@@ -90,12 +95,14 @@ fn by_position(outcomes: &[Outcome]) -> String {
     table
 }
 
-fn places(streamed: &Streamed) -> String {
-    let mut table =
-        "| at byte | µs for a byte by itself | bytes/s in pieces of 250 | state, bytes | process, MB |\n\
-                     |---:|---:|---:|---:|---:|\n"
-            .to_string();
-    for place in &streamed.places {
+/// Of the first seed.
+fn places(outcomes: &[Outcome]) -> String {
+    let beside = side_by_side(outcomes);
+    let mut table = format!(
+        "| at byte | µs for a byte by itself{beside} | bytes/s in pieces of 250{beside} | state, bytes | process, MB |\n\
+         |---:|---:|---:|---:|---:|\n"
+    );
+    for place in &outcomes[0].on.places {
         let resident = place.resident.map_or(String::new(), |bytes| format!("{:.0}", bytes as f64 / 1e6));
         table += &format!(
             "| {} | {:.0} | {:.0} | {} | {resident} |\n",
@@ -132,7 +139,7 @@ fn draw(outcomes: &[Outcome]) -> Result<String, Box<dyn Error>> {
         });
         all.collect()
     });
-    // Of one seed: the others run beside it.
+    // Of one seed.
     let times = curves(&|streamed| {
         let places = &streamed(&outcomes[0]).places;
         places.iter().map(|place| (log(place.position), place.single)).collect()
@@ -141,11 +148,12 @@ fn draw(outcomes: &[Outcome]) -> Result<String, Box<dyn Error>> {
         let all = curves.iter().flat_map(|curve| &curve.points).map(|point| point.1);
         1.1 * all.filter(|y| y.is_finite()).fold(0.1, f64::max)
     };
+    let of_times = format!("Microseconds for a byte by itself{}", side_by_side(outcomes));
     for (part, title, x_desc, curves, top) in [
         (&parts[0], "Bits per byte", "position, log10 of bytes", &bits, highest(&bits)),
         (&parts[1], "Bits per answer", "position, log10 of bytes", &answers, highest(&answers)),
         (&parts[2], "Facts from the beginning known, percent", "distance, log10 of bytes", &kept, 105.0),
-        (&parts[3], "Microseconds for a byte by itself", "position, log10 of bytes", &times, highest(&times)),
+        (&parts[3], &of_times, "position, log10 of bytes", &times, highest(&times)),
     ] {
         let chart = Chart { title, x: x.clone(), x_desc, y: 0.0..top, y_label: &number };
         chart.draw(part, curves)?;

@@ -1,7 +1,6 @@
 //! Reading a text that is much longer than any that was learned from.
 
 use std::f64::consts::LN_2;
-use std::fs;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -14,6 +13,8 @@ use transformer_vq::ndarray::{ArrayView1, Axis};
 use transformer_vq::ops::cross_entropy;
 
 use crate::learn::POWER;
+use crate::process::resident;
+use crate::statistics::{mean, median};
 use crate::text::{N_NAMES, Role, Text, Written};
 
 /// Facts told at the beginning that are asked about at each distance.
@@ -93,7 +94,7 @@ pub fn read(
             let first = reader.position;
             reader.read(PIECE.min(position - SINGLE - first))?;
             let bits = &reader.bits[first + 1..=reader.position];
-            streamed.bits.push((reader.position, bits.iter().sum::<f64>() / bits.len() as f64));
+            streamed.bits.push((reader.position, mean(bits)));
             bar.inc(bits.len() as u64);
             bar.set_message(format!("reading, at byte {}", reader.position));
         }
@@ -105,8 +106,7 @@ pub fn read(
             times.push(1e6 * begun.elapsed().as_secs_f64());
         }
         bar.inc(times.len() as u64);
-        times.sort_by(f64::total_cmp);
-        let single = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+        let single = median(times);
         let state = reader.state.size_in_bytes();
         streamed.places.push(Place { position, single, per_second, state, resident: resident() });
     }
@@ -114,11 +114,7 @@ pub fn read(
     for (distance, range) in asked {
         let bits = Vec::from_iter(answers(range.clone()).map(|i| reader.bits[i]));
         let right = bits.iter().filter(|&&bits| bits < 1.0).count();
-        streamed.kept.push(Kept {
-            distance: *distance,
-            right,
-            bits: bits.iter().sum::<f64>() / bits.len() as f64,
-        });
+        streamed.kept.push(Kept { distance: *distance, right, bits: mean(&bits) });
     }
     let ordinary = answers(0..len).filter(|i| asked.iter().all(|(_, range)| !range.contains(i)));
     streamed.answers = ordinary.map(|i| (i, reader.bits[i])).collect();
@@ -156,10 +152,4 @@ impl<'m> Reader<'m> {
         self.position += n;
         Ok(())
     }
-}
-
-/// Memory of this process, bytes.
-fn resident() -> Option<usize> {
-    let pages = fs::read_to_string("/proc/self/statm").ok()?;
-    Some(4096 * pages.split_whitespace().nth(1)?.parse::<usize>().ok()?)
 }

@@ -2,8 +2,8 @@
 //!
 //! Trains an encoder with bidirectional attention over quantized keys on this crate's own sources, or on `--data`: windows of
 //! 32 bytes, of which 15 % are hidden behind token 256. Prints the accuracy and the bits per hidden byte on held-out text,
-//! beside those of who knows only how frequent each byte is, and a few held-out lines with their blanks filled. The encoder
-//! goes into `encoder.safetensors`. About a minute on two cores.
+//! beside those of who knows only how frequent each byte is, and a few held-out lines with their blanks filled. Into
+//! `--out` go the encoder (`encoder.safetensors`) and the table (`table.md`). About a minute on two cores.
 //!
 //! ```sh
 //! cargo run --release --example masked_lm
@@ -12,6 +12,14 @@
 
 #[path = "../support/exit.rs"]
 mod exit;
+#[path = "../support/options.rs"]
+mod options;
+#[path = "../support/out.rs"]
+mod out;
+#[path = "../support/say.rs"]
+mod say;
+#[path = "../support/statistics.rs"]
+mod statistics;
 mod text;
 
 use std::error::Error;
@@ -22,9 +30,13 @@ use std::time::Instant;
 use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
+use options::positive;
+use out::Folder;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use text::{LEN, MASK, Text, Windows};
+use say::say;
+use statistics::mean;
+use text::{LEN, MASK, Text, Windows, bits};
 use transformer_vq::model::{Encoder, EncoderConfig};
 use transformer_vq::ops::cross_entropy;
 use transformer_vq::train::{AdamW, EncoderTrainer, Schedule};
@@ -44,7 +56,7 @@ struct Args {
     data: Option<PathBuf>,
 
     /// Minutes of training
-    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = positive)]
     minutes: f64,
 
     /// Seed of weights, windows and masks
@@ -52,10 +64,10 @@ struct Args {
     seed: u64,
 
     /// Few steps: whether everything runs, not how well
-    #[arg(long)]
+    #[arg(long, conflicts_with = "minutes")]
     short: bool,
 
-    /// Folder for the encoder
+    /// Folder for the encoder and the table
     #[arg(long, value_name = "DIR", default_value = "runs/masked_lm")]
     out: PathBuf,
 }
@@ -79,13 +91,12 @@ fn config() -> EncoderConfig {
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
-    if !(args.minutes.is_finite() && args.minutes > 0.0) {
-        return Err("--minutes must be above 0".into());
-    }
     let text = Text::read(args.data.as_deref())?;
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     let mut encoder = Encoder::new(config(), args.seed)?;
-    println!("{} parameters, {} bytes to learn\n", encoder.config().n_parameters(), text.training.len());
+    let folder = Folder::create(&args.out)?;
+    let (n_parameters, n_bytes) = (encoder.config().n_parameters(), text.training.len());
+    say(format!("{n_parameters} parameters, {n_bytes} bytes to learn\n"));
     // Codes that begin at keys are used from the first step on.
     encoder.start_codebooks(
         Windows::draw(&text.training, BATCH, &mut rng).tokens.view(),
@@ -100,7 +111,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let bar = ProgressBar::new(1000)
         .with_style(ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}  {eta} left")?);
     let is_over = |steps: u64, progress: f64| if args.short { steps == 3 } else { progress >= 1.0 };
-    let mut mean = None;
+    let mut recent = None;
     loop {
         let progress = begin.elapsed().as_secs_f64() / seconds;
         if is_over(trainer.steps(), progress) {
@@ -108,37 +119,35 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         }
         let windows = Windows::draw(&text.training, BATCH, &mut rng);
         let report = trainer.step(&windows.batch(), schedule.factor_at_progress(progress))?;
-        let mean = mean.insert(mean.map_or(report.loss, |mean| 0.98 * mean + 0.02 * report.loss));
-        let usage = report.usage.iter().sum::<f64>() / report.usage.len() as f64;
+        let recent = recent.insert(recent.map_or(report.loss, |loss| 0.98 * loss + 0.02 * report.loss));
+        let (bits, usage) = (bits(*recent), 100.0 * mean(&report.usage));
         bar.set_position((1000.0 * progress) as u64);
-        bar.set_message(format!("{:.3} bits per hidden byte, {:.0} % of codes", bits(*mean), 100.0 * usage));
+        bar.set_message(format!("{bits:.3} bits per hidden byte, {usage:.0} % of codes"));
     }
     bar.finish_and_clear();
     let (steps, encoder) = (trainer.steps(), trainer.into_encoder());
-    println!("{steps} steps of {BATCH} windows in {:.0} s\n", begin.elapsed().as_secs_f64());
+    let path = folder.as_ref().join("encoder.safetensors");
+    encoder.save(&path)?;
+    say(format!("{steps} steps of {BATCH} windows in {:.0} s\n", begin.elapsed().as_secs_f64()));
 
     // The same windows and masks whatever the seed.
     let judged = if args.short { 8 } else { JUDGED };
     let windows = Windows::draw(&text.held_out, judged, &mut ChaCha8Rng::seed_from_u64(0));
     let (accuracy, loss) = judge(&encoder, &windows)?;
     let (most_frequent, entropy) = windows.by_frequency(&text.training);
-    println!("| held-out text | right | bits per hidden byte |\n|---|---:|---:|");
-    println!("| encoder | {:.1} % | {:.3} |", 100.0 * accuracy, bits(loss));
-    println!("| frequencies of bytes | {:.1} % | {:.3} |\n", 100.0 * most_frequent, bits(entropy));
+    let mut table = "| held-out text | right | bits per hidden byte |\n|---|---:|---:|\n".to_string();
+    for (name, right, nats) in [("encoder", accuracy, loss), ("frequencies of bytes", most_frequent, entropy)]
+    {
+        table += &format!("| {name} | {:.1} % | {:.3} |\n", 100.0 * right, bits(nats));
+    }
+    folder.write("table.md", &table)?;
+    say(table);
     for window in 0..SHOWN.min(judged) {
         let [hidden, filled, text] = fill(&encoder, &windows, window)?;
-        println!("hidden  {hidden}\nfilled  {filled}\ntext    {text}\n");
+        say(format!("hidden  {hidden}\nfilled  {filled}\ntext    {text}\n"));
     }
-    std::fs::create_dir_all(&args.out)?;
-    let file = args.out.join("encoder.safetensors");
-    encoder.save(&file)?;
-    println!("into {}", file.display());
+    say(format!("into {folder}"));
     Ok(())
-}
-
-/// Nats in bits.
-fn bits(nats: f64) -> f64 {
-    nats / std::f64::consts::LN_2
 }
 
 /// The part of the hidden bytes that the encoder finds, and its mean loss, nats per hidden byte.

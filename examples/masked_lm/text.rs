@@ -8,6 +8,8 @@ use std::path::Path;
 #[path = "../support/text.rs"]
 mod support;
 
+pub use support::bits;
+
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use transformer_vq::model::EncoderBatch;

@@ -22,6 +22,14 @@ mod chart;
 mod exit;
 mod linear;
 mod model;
+#[path = "../support/options.rs"]
+mod options;
+#[path = "../support/out.rs"]
+mod out;
+#[path = "../support/say.rs"]
+mod say;
+#[path = "../support/statistics.rs"]
+mod statistics;
 mod table;
 mod task;
 
@@ -33,9 +41,12 @@ use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Kind, Model};
+use options::{distinct, within};
+use out::Folder;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use say::say;
 use table::Row;
 use task::Task;
 use transformer_vq::attention::{AttentionState, VqAttention};
@@ -57,26 +68,30 @@ const RATE: f32 = 3e-3;
 const WARMUP: f32 = 0.1;
 
 /// Recall at a distance, with five kinds of attention.
-#[derive(Debug, Clone, Parser)]
+#[derive(Debug, Parser)]
 #[command(name = "recall")]
 struct Args {
     /// Pairs of a sequence
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "16,64,256")]
+    #[arg(default_value_if("short", "true", "8"), value_parser = within(1..=4096))]
     pairs: Vec<usize>,
 
     /// Codes
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "64,128,256,512")]
+    #[arg(default_value_if("short", "true", "32"), value_parser = within(1..=65536))]
     codes: Vec<usize>,
 
     /// Seeds of weights and sequences
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,3")]
+    #[arg(default_value_if("short", "true", "1"))]
     seeds: Vec<u64>,
 
     /// Steps of training, each after one on short sequences
-    #[arg(long, value_name = "N", default_value_t = 120)]
+    #[arg(long, value_name = "N", default_value_t = 120, default_value_if("short", "true", "4"))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
 
-    /// Few steps with few pairs: whether everything runs, not how well
+    /// Few steps with few pairs unless asked for: whether everything runs, not how well
     #[arg(long)]
     short: bool,
 
@@ -106,11 +121,7 @@ struct Outcome {
 }
 
 fn main() -> ExitCode {
-    let mut args = Args::parse();
-    if args.short {
-        args = Args { pairs: vec![8], codes: vec![32], seeds: vec![1], steps: 4, ..args };
-    }
-    exit(run(&args))
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
@@ -119,22 +130,25 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         return Err(format!("linear attention is wrong: {output:e}, gradients {gradients:e}").into());
     }
     let runs = runs(args)?;
-    println!("{} models, {} steps each, {} threads\n", runs.len(), args.steps, rayon::current_num_threads());
+    let folder = Folder::create(&args.out)?;
+    let threads = rayon::current_num_threads();
+    say(format!("{} models, {} steps each, {threads} threads\n", runs.len(), args.steps));
     let style = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}  {eta} left")?;
-    let bar = ProgressBar::new(runs.iter().map(|run| run.cost() * args.steps).sum()).with_style(style);
+    let cost = runs.iter().map(|run| run.cost()).sum::<u64>().saturating_mul(args.steps);
+    let bar = ProgressBar::new(cost).with_style(style);
     let outcomes = runs
         .into_par_iter()
         .map(|run| train(run, args.steps, &bar))
         .collect::<Result<Vec<_>, transformer_vq::Error>>()?;
     bar.finish_and_clear();
-    table::write(&Row::all(&outcomes), args.steps, &args.out)
+    table::write(&Row::all(&outcomes), args.steps, &folder)
 }
 
 /// Everything that is to be compared.
 fn runs(args: &Args) -> Result<Vec<Run>, Box<dyn Error>> {
-    if args.seeds.is_empty() || args.codes.contains(&0) || args.pairs.contains(&0) || args.steps == 0 {
-        return Err("codes, pairs, seeds and steps are at least 1".into());
-    }
+    distinct("--pairs", &args.pairs)?;
+    distinct("--codes", &args.codes)?;
+    distinct("--seeds", &args.seeds)?;
     let mut runs = vec![];
     for &n_pairs in &args.pairs {
         let mut add = |kind, codes_of_state| {

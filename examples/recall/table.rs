@@ -2,14 +2,15 @@
 
 use std::error::Error;
 use std::fmt;
-use std::path::Path;
 
 use plotters::prelude::*;
-use transformer_vq::model::write_atomically;
 
 use crate::Outcome;
 use crate::chart::{Chart, Curve, number};
 use crate::model::Kind;
+use crate::out::Folder;
+use crate::say::say;
+use crate::statistics::{deviation, mean};
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -70,14 +71,7 @@ impl Row {
     }
 
     fn mean(&self) -> f64 {
-        self.accuracies.iter().sum::<f64>() / self.accuracies.len() as f64
-    }
-
-    /// Standard deviation over seeds; none of one.
-    fn spread(&self) -> Option<f64> {
-        let (n, mean) = (self.accuracies.len(), self.mean());
-        let squares = self.accuracies.iter().map(|accuracy| (accuracy - mean).powi(2)).sum::<f64>();
-        (n > 1).then(|| (squares / (n - 1) as f64).sqrt())
+        mean(&self.accuracies)
     }
 }
 
@@ -92,8 +86,8 @@ impl fmt::Display for Row {
             (_, None) => String::new(),
         };
         write!(f, "| {} | {} | {codes} | {:.1}", self.n_pairs, self.kind, self.mean())?;
-        if let Some(spread) = self.spread() {
-            write!(f, " ± {spread:.1}")?;
+        if let Some(deviation) = deviation(&self.accuracies) {
+            write!(f, " ± {deviation:.1}")?;
         }
         match self.bytes {
             Some(bytes) => write!(f, " | {bytes}")?,
@@ -109,16 +103,13 @@ impl fmt::Display for Row {
     }
 }
 
-/// Prints the table and writes it, with its picture, into a folder.
-pub fn write(rows: &[Row], steps: u64, folder: &Path) -> Result<(), Box<dyn Error>> {
+/// Writes the table, with its picture, into a folder, and prints it.
+pub fn write(rows: &[Row], steps: u64, folder: &Folder) -> Result<(), Box<dyn Error>> {
     let mut table = format!("{HEAD}\n");
     rows.iter().for_each(|row| table += &format!("{row}\n"));
-    print!("{table}");
-    std::fs::create_dir_all(folder)?;
-    write_atomically(folder.join("table.md"), |out| out.write_all(table.as_bytes()))?;
-    let svg = draw(rows, steps)?;
-    write_atomically(folder.join("recall.svg"), |out| out.write_all(svg.as_bytes()))?;
-    println!("\ninto {}", folder.display());
+    folder.write("table.md", &table)?;
+    folder.write("recall.svg", draw(rows, steps)?)?;
+    say(format!("{table}\ninto {folder}"));
     Ok(())
 }
 

@@ -1,5 +1,8 @@
 //! The sizes of a language model and of its training, as options of a command line.
 
+#[path = "options.rs"]
+mod options;
+
 use std::num::NonZeroUsize;
 
 use clap::ValueEnum;
@@ -15,17 +18,12 @@ use transformer_vq::train::{
     Schedule, Trainer,
 };
 
+pub use options::positive;
+
 /// Steps of Lloyd from k-means++.
 pub const LLOYD_STEPS: usize = 10;
 /// Steps of training between two looks for idle codes.
 pub const REVIVE_EVERY: u64 = 10;
-
-pub fn positive(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(x) if x > 0.0 && f64::is_finite(x) => Ok(x),
-        _ => Err("expected a positive number".into()),
-    }
-}
 
 /// Sizes of the model and of its training.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -199,9 +197,13 @@ pub enum KeyGradient {
 }
 
 impl Sizes {
+    /// What codewords learn from, where they learn by gradient.
+    pub fn gradient(&self) -> CodewordGradient {
+        CodewordGradient { codebook_weight: self.codebook_weight, from_attention: self.from_attention }
+    }
+
     fn learning(&self) -> LearningConfig {
-        let gradient =
-            CodewordGradient { codebook_weight: self.codebook_weight, from_attention: self.from_attention };
+        let gradient = self.gradient();
         match self.learning {
             Learning::Ema => LearningConfig::default(),
             Learning::Laplace => LearningConfig::Ema { smoothing: Smoothing::Laplace { epsilon: 1e-5 } },

@@ -7,10 +7,11 @@ use std::ops::Range;
 use indicatif::ProgressBar;
 use transformer_vq::attention::VqAttention;
 use transformer_vq::model::{ModelConfig, Transformer, UnitKind};
-use transformer_vq::train::{BatchConfig, Budget, Corpus};
+use transformer_vq::train::{BatchConfig, Budget, Corpus, Progress};
 
 use crate::budget::{Trained, progress, train};
-use crate::text::{score, split};
+use crate::statistics::mean;
+use crate::text::{batches, score, split};
 
 /// Bytes of the held-out text that are read.
 const JUDGED: usize = 64 * 1024;
@@ -89,10 +90,9 @@ impl Runs {
 
     /// The mean over seeds at each mark.
     pub fn mean(&self) -> Points {
-        let n = self.of_seeds.len() as f64;
         std::array::from_fn(|mark| {
-            let mean =
-                |of: fn(&Point) -> f64| self.of_seeds.iter().map(|points| of(&points[mark])).sum::<f64>() / n;
+            let of_seeds = |of: fn(&Point) -> f64| self.of_seeds.iter().map(move |points| of(&points[mark]));
+            let mean = |of| mean(&Vec::from_iter(of_seeds(of)));
             Point {
                 tokens: mean(|point| point.tokens),
                 seconds: mean(|point| point.seconds),
@@ -112,6 +112,19 @@ pub struct Results {
 impl Contest {
     pub fn bytes_per_step(&self) -> usize {
         self.sequence_len * self.batch_size
+    }
+
+    /// A run at its beginning.
+    fn progress(self, seed: u64) -> Result<Progress, Box<dyn Error>> {
+        let Contest { sequence_len, batch_size, budget } = self;
+        progress(BatchConfig { batch_size, sequence_len, update_len: sequence_len, seed }, budget)
+    }
+
+    /// Refuses a text that is too short, before anything is trained.
+    pub fn check(&self, text: &Corpus) -> Result<(), Box<dyn Error>> {
+        let progress = self.progress(0)?;
+        batches(text, split(text, &progress)?.0, &progress)?;
+        Ok(())
     }
 
     /// Seed by seed, both kinds in turn: what disturbs the machine for a while disturbs both.
@@ -139,9 +152,7 @@ impl Contest {
         seed: u64,
         bar: &ProgressBar,
     ) -> Result<Points, Box<dyn Error>> {
-        let Contest { sequence_len, batch_size, budget } = self;
-        let batches = BatchConfig { batch_size, sequence_len, update_len: sequence_len, seed };
-        let progress = progress(batches, budget)?;
+        let (sequence_len, progress) = (self.sequence_len, self.progress(seed)?);
         let (_, held_out) = split(text, &progress)?;
         let held_out = held_out.start..held_out.end.min(held_out.start + JUDGED.max(sequence_len));
         let judge = |model: &Transformer| judge(model, text, held_out.clone(), sequence_len);

@@ -19,7 +19,15 @@ mod chart;
 mod contest;
 #[path = "../support/exit.rs"]
 mod exit;
+#[path = "../support/options.rs"]
+mod options;
+#[path = "../support/out.rs"]
+mod out;
 mod picture;
+#[path = "../support/say.rs"]
+mod say;
+#[path = "../support/statistics.rs"]
+mod statistics;
 mod table;
 #[path = "../support/text.rs"]
 mod text;
@@ -33,9 +41,11 @@ use clap::Parser;
 use contest::{Contest, KINDS};
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
+use options::{distinct, positive, within};
+use out::Folder;
+use say::say;
 use table::HEAD;
 use text::{name, read_text};
-use transformer_vq::model::write_atomically;
 use transformer_vq::train::Budget;
 
 /// Bytes that a second of training takes at equal tokens, mean of both, on two cores of an AMD EPYC (Zen 4, AVX-512): for the
@@ -53,22 +63,25 @@ struct Args {
     data: Option<PathBuf>,
 
     /// Steps of training at equal tokens, 2,048 bytes each; 0: leave this part out
-    #[arg(long, value_name = "N", default_value_t = 500)]
+    #[arg(long, value_name = "N", default_value_t = 500, default_value_if("short", "true", "2"))]
     steps: u64,
 
     /// Seconds of training at equal time
-    #[arg(long, value_name = "X", default_value_t = 25.0)]
+    #[arg(long, value_name = "X", default_value_t = 25.0, default_value_if("short", "true", "0.2"))]
+    #[arg(value_parser = positive)]
     seconds: f64,
 
     /// Lengths of the sequences at equal time
     #[arg(long, value_name = "T,...", value_delimiter = ',', default_value = "4096,8192")]
+    #[arg(default_value_if("short", "true", "512"), value_parser = within(1..=1 << 20))]
     lengths: Vec<usize>,
 
     /// Seeds of weights and batches
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,3")]
+    #[arg(default_value_if("short", "true", "1"))]
     seeds: Vec<u64>,
 
-    /// A narrow model and an instant of each: whether everything runs, not how well
+    /// A narrow model; an instant of each, one seed unless asked for: whether everything runs, not how well
     #[arg(long)]
     short: bool,
 
@@ -78,15 +91,12 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let mut args = Args::parse();
-    if args.short {
-        (args.steps, args.seconds, args.lengths) = (2, 0.2, vec![512]);
-        args.seeds.truncate(1);
-    }
-    exit(run(&args))
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    distinct("--lengths", &args.lengths)?;
+    distinct("--seeds", &args.seeds)?;
     let text = read_text(args.data.as_deref())?;
     let mut contests = vec![];
     if args.steps > 0 {
@@ -99,6 +109,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         budget: Budget::Seconds(args.seconds),
     };
     contests.extend(args.lengths.iter().map(timed));
+    contests.iter().try_for_each(|contest| contest.check(&text))?;
+    let folder = Folder::create(&args.out)?;
 
     let (n_runs, n_seeds) = (contests.len() * args.seeds.len() * KINDS.len(), args.seeds.len());
     let seconds = contests.iter().map(|contest| match contest.budget {
@@ -106,33 +118,31 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         Budget::Seconds(seconds) => seconds,
     });
     let minutes = seconds.sum::<f64>() * (n_seeds * KINDS.len()) as f64 * (1.0 + JUDGING) / 60.0;
-    println!(
+    say(format!(
         "{}; {n_runs} runs, about {:.0} minutes on two cores, {} threads",
         name(args.data.as_deref()),
         minutes.max(1.0),
         rayon::current_num_threads()
-    );
+    ));
     for kind in KINDS {
-        println!("{kind}: {} parameters", kind.config(&text, args.short).n_parameters());
+        say(format!("{kind}: {} parameters", kind.config(&text, args.short).n_parameters()));
     }
-    println!("\n{HEAD}");
+    say(format!("\n{HEAD}"));
     let style = ProgressStyle::with_template("{prefix:28} {bar:24} {percent:>3}%  {msg}  {eta} left")?;
     let bar = ProgressBar::new(n_runs as u64 * PARTS).with_style(style);
-    std::fs::create_dir_all(&args.out)?;
     let (mut rows, mut verdicts, mut results) = (String::new(), String::new(), vec![]);
     for contest in contests {
         let result = contest.run(&text, &args.seeds, args.short, &bar)?;
-        bar.suspend(|| print!("{result}"));
-        rows += &result.to_string();
+        let of_contest = result.to_string();
+        rows += &of_contest;
         verdicts += &result.verdict();
         results.push(result);
         // After each contest, for who stops before the last.
-        let table = format!("{HEAD}\n{rows}\n{verdicts}");
-        write_atomically(args.out.join("table.md"), |out| out.write_all(table.as_bytes()))?;
-        let svg = picture::draw(&results)?;
-        write_atomically(args.out.join("vq_against_quadratic.svg"), |out| out.write_all(svg.as_bytes()))?;
+        folder.write("table.md", format!("{HEAD}\n{rows}\n{verdicts}"))?;
+        folder.write("vq_against_quadratic.svg", picture::draw(&results)?)?;
+        bar.suspend(|| say(of_contest.trim_end()));
     }
     bar.finish_and_clear();
-    println!("\n{verdicts}\ninto {}", args.out.display());
+    say(format!("\n{verdicts}\ninto {folder}"));
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use transformer_vq::train::Budget;
 
 use crate::contest::{Point, Results, Runs};
+use crate::statistics::mean;
 
 pub const HEAD: &str = "| T | the same | attention | bits per byte | least to most | over quadratic | least to most | bytes seen | seconds |\n\
                         |---:|---|---|---:|---:|---:|---:|---:|---:|";
@@ -22,7 +23,7 @@ struct Spread {
 impl Spread {
     fn of(numbers: &[f64]) -> Spread {
         Spread {
-            mean: numbers.iter().sum::<f64>() / numbers.len() as f64,
+            mean: mean(numbers),
             least: numbers.iter().copied().fold(f64::INFINITY, f64::min),
             most: numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max),
         }
@@ -67,14 +68,14 @@ impl fmt::Display for Results {
         };
         let over = Spread::of(&self.over_quadratic());
         for (runs, is_codebook) in self.runs.iter().zip([true, false]) {
-            let Spread { mean, least, most } = Spread::of(&bits(runs));
+            let Spread { mean: bits, least, most } = Spread::of(&bits(runs));
             write!(f, "| {} | {same} | {} ", self.contest.sequence_len, runs.kind)?;
-            write!(f, "| {mean:.4} | {least:.4} to {most:.4} ")?;
+            write!(f, "| {bits:.4} | {least:.4} to {most:.4} ")?;
             match is_codebook {
                 true => write!(f, "| {:+.2} % | {:+.2} to {:+.2} % ", over.mean, over.least, over.most)?,
                 false => f.write_str("| | ")?,
             }
-            let mean = |of: fn(&Point) -> f64| Spread::of(&Vec::from_iter(runs.last().map(of))).mean;
+            let mean = |of: fn(&Point) -> f64| mean(&Vec::from_iter(runs.last().map(of)));
             let (tokens, seconds) = (mean(|point| point.tokens), mean(|point| point.seconds));
             writeln!(f, "| {tokens:.0} | {seconds:.1} |")?;
         }
