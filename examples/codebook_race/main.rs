@@ -6,7 +6,7 @@
 //! `keys = x A`, decoded by `x' = c B`; for them the error is `|x - x'|^2`, and each rule races with every estimator of the keys'
 //! gradient.
 //!
-//! Prints a table that fills while they run; into `--out` goes `race.svg`, error and usage over steps.
+//! Prints a table that fills while they run; into `--out` go the table (`table.md`), and error and usage over steps (`race.svg`).
 //!
 //! ```sh
 //! cargo run --release --example codebook_race
@@ -22,9 +22,13 @@ mod exit;
 #[path = "../support/learner.rs"]
 mod learner;
 mod mixture;
+#[path = "../support/out.rs"]
+mod out;
 mod picture;
 mod racers;
 mod runner;
+#[path = "../support/say.rs"]
+mod say;
 mod table;
 
 use std::error::Error;
@@ -35,9 +39,11 @@ use std::time::Instant;
 use clap::Parser;
 use exit::exit;
 use mixture::Mixture;
+use out::Folder;
 use racers::{Racer, racers};
 use rayon::prelude::*;
 use runner::{Quantizer, Runner};
+use say::say;
 use table::Live;
 use transformer_vq::codebook::{CodeStats, assign, nearest_pair, start};
 use transformer_vq::ndarray::{Array2, ArrayView2, Axis};
@@ -56,12 +62,12 @@ const POINTS: u64 = 20;
 #[command(name = "codebook_race")]
 pub struct Args {
     /// Codes; the mixture has twice as many clusters
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1 << 14))]
     codes: u32,
     /// Batches of 4096 keys
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
-    /// Race only those whose rule holds this text
+    /// Race only those whose rule holds this text, in whatever case
     #[arg(long, default_value = "")]
     only: String,
     /// Highest rate of Adam, for codewords that learn by gradient
@@ -70,7 +76,7 @@ pub struct Args {
     /// Seed of the mixture, the keys and the starts
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Folder for the picture
+    /// Folder for the table and the picture
     #[arg(long, default_value = "runs/codebook_race")]
     out: PathBuf,
 }
@@ -86,10 +92,37 @@ pub struct Score {
     nearest_pair: f64,
 }
 
+impl Score {
+    /// Of who has met what is no number.
+    const NONE: Score =
+        Score { error: f64::NAN, usage: f64::NAN, perplexity: f64::NAN, nearest_pair: f64::NAN };
+}
+
 /// A racer and its scores over the steps.
 pub struct Curve {
     racer: Racer,
     points: Vec<(u64, Score)>,
+    /// Steps after which it had diverged; it races no further.
+    diverged: Option<u64>,
+}
+
+impl Curve {
+    /// What came of a step or of a judgement. Who diverges is out of the race, and None; the others go on.
+    fn unless_diverged<T>(
+        &mut self,
+        step: u64,
+        result: Result<T, transformer_vq::Error>,
+    ) -> Result<Option<T>, String> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(transformer_vq::Error::NotFinite { .. }) => {
+                self.diverged = Some(step);
+                self.points.push((step, Score::NONE));
+                Ok(None)
+            }
+            Err(error) => Err(format!("{}: {error}", self.racer)),
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -98,39 +131,76 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let (n_codes, begin) = (args.codes as usize, Instant::now());
-    let chosen = racers().into_iter().filter(|racer| racer.rule.contains(&args.only));
-    let mut curves = Vec::from_iter(chosen.map(|racer| Curve { racer, points: vec![] }));
+    let chosen = chosen(&args.only)?;
+    let folder = Folder::create(&args.out)?;
+    let curve = |racer| Curve { racer, points: vec![], diverged: None };
+    let mut curves = Vec::from_iter(chosen.into_iter().map(curve));
     let mixture = Mixture::new(2 * n_codes, args.seed)?;
     let judged = mixture.keys(JUDGED, u64::MAX)?;
-    println!("{} racers, {n_codes} codes, {} batches of {BATCH} keys", curves.len(), args.steps);
+    say(format!("{} racers, {n_codes} codes, {} batches of {BATCH} keys", curves.len(), args.steps));
     let best = yardstick(&mixture, judged.view(), args)?;
 
     let live = Live::new(&best, &curves, args.steps)?;
     let first = mixture.keys(BATCH, 0)?;
-    let new = |curve: &Curve| Runner::new(&curve.racer, first.view(), args);
+    let new = |curve: &Curve| {
+        let runner = Runner::new(&curve.racer, first.view(), args);
+        runner.map_err(|error| format!("{}: {error}", curve.racer))
+    };
     let mut runners = curves.par_iter().map(new).collect::<Result<Vec<_>, _>>()?;
     for step in 0..=args.steps {
         if step % args.steps.div_ceil(POINTS) == 0 || step == args.steps {
             let judge = |(runner, curve): (&Runner, &mut Curve)| {
-                curve.points.push((step, judge(judged.view(), &runner.quantizer(judged.view())?)?));
-                Ok::<(), transformer_vq::Error>(())
+                let quantizer = runner.quantizer(judged.view());
+                let score = quantizer.and_then(|quantizer| judge(judged.view(), &quantizer));
+                let score = curve.unless_diverged(step, score)?;
+                curve.points.extend(score.map(|score| (step, score)));
+                Ok::<(), String>(())
             };
-            runners.par_iter().zip(&mut curves).try_for_each(judge)?;
+            let racing = runners.par_iter().zip(&mut curves).filter(|(_, curve)| curve.diverged.is_none());
+            racing.try_for_each(judge)?;
             live.show(step, &best, &curves);
         }
         if step < args.steps {
             let (keys, rate) = (mixture.keys(BATCH, step)?, 1.0 - step as f32 / args.steps as f32);
-            runners.par_iter_mut().try_for_each(|runner| runner.step(keys.view(), step, rate))?;
+            let racing =
+                runners.par_iter_mut().zip(&mut curves).filter(|(_, curve)| curve.diverged.is_none());
+            racing.try_for_each(|(runner, curve)| {
+                curve.unless_diverged(step, runner.step(keys.view(), step, rate)).map(drop)
+            })?;
             live.tick(step);
         }
     }
     live.end();
-    table::rows(&best, &curves).iter().for_each(|row| println!("{row}"));
-    std::fs::create_dir_all(&args.out)?;
-    let path = args.out.join("race.svg");
-    std::fs::write(&path, picture::draw(&curves, best.error)?)?;
-    println!("\n{:.0} s; error and usage over steps: {}", begin.elapsed().as_secs_f64(), path.display());
+    let table = format!("{}\n{}", table::rows(&best, &curves).join("\n"), diverged(&curves));
+    folder.write("table.md", &table)?;
+    let path = folder.write("race.svg", picture::draw(&curves, best.error)?)?;
+    say(table);
+    say(format!("{:.0} s; error and usage over steps: {}", begin.elapsed().as_secs_f64(), path.display()));
     Ok(())
+}
+
+/// Who is out of the race, a line each.
+fn diverged(curves: &[Curve]) -> String {
+    let line = |curve: &Curve| {
+        let steps = curve.diverged?;
+        Some(format!("\n- {}: not a number after {steps} steps; a lower --rate may help", curve.racer))
+    };
+    let lines = String::from_iter(curves.iter().filter_map(line));
+    if lines.is_empty() { lines } else { lines + "\n" }
+}
+
+/// Those whose rule holds a text.
+fn chosen(only: &str) -> Result<Vec<Racer>, String> {
+    let wanted = only.to_lowercase();
+    let holds = |racer: &Racer| racer.rule.to_lowercase().contains(&wanted);
+    let (chosen, others): (Vec<_>, Vec<_>) = racers().into_iter().partition(holds);
+    if !chosen.is_empty() {
+        return Ok(chosen);
+    }
+    let mut rules = Vec::from_iter(others.iter().map(|racer| racer.rule));
+    rules.sort_unstable();
+    rules.dedup();
+    Err(format!("no rule holds {only:?}; they are: {}", rules.join("; ")))
 }
 
 /// The best of some runs of k-means++.
@@ -139,7 +209,8 @@ fn yardstick(mixture: &Mixture, judged: ArrayView2<'_, f32>, args: &Args) -> Res
     let sample = mixture.keys(n_keys, u64::MAX - 1)?.insert_axis(Axis(0)).insert_axis(Axis(0)); // [1, 1, N, K]
     let mut best: Option<Score> = None;
     for run in 0..runs {
-        let codewords = start::k_means(sample.view(), args.codes as usize, None, steps, args.seed + run)?;
+        let codewords =
+            start::k_means(sample.view(), args.codes as usize, None, steps, args.seed.wrapping_add(run))?;
         let codewords = codewords.index_axis_move(Axis(0), 0);
         let quantizer = Quantizer { keys: judged.to_owned(), decoded: codewords.clone(), codewords };
         let score = judge(judged, &quantizer)?;

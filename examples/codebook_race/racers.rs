@@ -1,5 +1,7 @@
 //! The racers: how each begins, learns and passes gradients.
 
+use std::fmt;
+
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
 
 use crate::learner::{Kind, Start};
@@ -19,6 +21,16 @@ pub struct Racer {
     pub encoder: Option<(&'static str, Estimator)>,
     /// Whether the picture shows it.
     pub drawn: bool,
+}
+
+impl fmt::Display for Racer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.rule)?;
+        match self.encoder {
+            Some((estimator, _)) => write!(f, ", keys learned, {estimator}"),
+            None => Ok(()),
+        }
+    }
 }
 
 const EMA: Kind = Kind::Ema(Smoothing::CountClamp);

@@ -5,6 +5,7 @@ use std::error::Error;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::racers::ESTIMATORS;
+use crate::say::say;
 use crate::{Curve, Score};
 
 /// The table in Markdown, with the latest scores.
@@ -72,11 +73,13 @@ impl Live {
 
     pub fn show(&self, step: u64, best: &Score, curves: &[Curve]) {
         let error = |curve: &&Curve| curve.points.last().map_or(f64::INFINITY, |point| point.1.error);
+        let racing = curves.iter().filter(|curve| curve.diverged.is_none());
         if self.bars.is_hidden()
-            && let Some(first) = curves.iter().min_by(|a, b| error(a).total_cmp(&error(b)))
+            && let Some(first) = racing.min_by(|a, b| error(a).total_cmp(&error(b)))
         {
             let (steps, rule) = (self.steps.length().unwrap_or(0), first.racer.rule);
-            println!("step {step} of {steps}: {rule} leads, {:.3} of k-means++", error(&first) / best.error);
+            let error = error(&first) / best.error;
+            say(format!("step {step} of {steps}: {rule} leads, {error:.3} of k-means++"));
         }
         self.rows.iter().zip(rows(best, curves)).for_each(|(bar, row)| bar.set_message(row));
     }

@@ -14,8 +14,14 @@
 #[path = "../support/exit.rs"]
 mod exit;
 mod kinds;
+#[path = "../support/out.rs"]
+mod out;
+#[path = "../support/say.rs"]
+mod say;
 #[path = "../support/sizes.rs"]
 mod sizes;
+#[path = "../support/statistics.rs"]
+mod statistics;
 #[path = "../support/text.rs"]
 mod text;
 
@@ -30,10 +36,13 @@ use clap::Parser;
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use kinds::{KINDS, Kind};
+use out::Folder;
+use say::say;
 use sizes::Sizes;
+use statistics::mean;
 use text::{batches, bits, name, read_text, score, split};
 use transformer_vq::codebook::CodeStats;
-use transformer_vq::model::{ModelConfig, Transformer, write_atomically};
+use transformer_vq::model::{ModelConfig, Transformer};
 use transformer_vq::train::{Budget, Corpus};
 
 /// Bytes of the held-out text whose codes are counted.
@@ -124,35 +133,34 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let text = read_text(args.data.as_deref())?;
     // All are looked at before the first is trained.
     let base = ModelConfig { vocab_size: text.vocab_size(), ..args.sizes.model() };
-    let configs = kinds.iter().map(|kind| changed(&base, kind)).collect::<Result<Vec<_>, _>>()?;
+    let configs = kinds.iter().map(|kind| changed(&base, kind, args)).collect::<Result<Vec<_>, _>>()?;
+    let folder = Folder::create(&args.out)?;
     let each = match args.steps {
         Some(steps) => format!("{steps} steps"),
         None => format!("{:.0} seconds", 60.0 * args.minutes),
     };
-    println!(
-        "{}; {} kinds, {each} each, {} threads\n",
-        name(args.data.as_deref()),
-        kinds.len(),
-        rayon::current_num_threads()
-    );
-    println!("{HEAD}");
+    let (name, threads) = (name(args.data.as_deref()), rayon::current_num_threads());
+    say(format!("{name}; {} kinds, {each} each, {threads} threads\n", kinds.len()));
+    say(HEAD);
     let mut table = format!("{HEAD}\n");
     for (kind, config) in kinds.into_iter().zip(configs) {
         let row = train(kind, config, &text, args)?;
-        println!("{row}");
         table += &format!("{row}\n");
+        // After each kind, for who stops before the last.
+        folder.write("table.md", &table)?;
+        say(row);
     }
-    std::fs::create_dir_all(&args.out)?;
-    let path = args.out.join("table.md");
-    write_atomically(&path, |out| out.write_all(table.as_bytes()))?;
-    println!("\ninto {}", path.display());
+    say(format!("\ninto {folder}"));
     Ok(())
 }
 
-fn changed(config: &ModelConfig, kind: &Kind) -> Result<ModelConfig, Box<dyn Error>> {
+/// The model of a kind, which can be trained as the options say.
+fn changed(config: &ModelConfig, kind: &Kind, args: &Args) -> Result<ModelConfig, Box<dyn Error>> {
     let mut config = config.clone();
-    (kind.change)(&mut config);
-    config.validate().map_err(|error| format!("{}: {error}", kind.name))?;
+    (kind.change)(&mut config, args.sizes.gradient());
+    let model = Transformer::new(config.clone(), args.seed);
+    let trainer = model.and_then(|model| args.sizes.trainer(model));
+    trainer.map_err(|error| format!("{}: {error}", kind.name))?;
     Ok(config)
 }
 
@@ -170,7 +178,7 @@ fn train(kind: &Kind, config: ModelConfig, text: &Corpus, args: &Args) -> Result
         let factor = progress.factor(trainer.steps());
         match trainer.step(&batches.next_batch()?, factor) {
             Ok(report) => {
-                let perplexity = report.perplexity.iter().sum::<f64>() / report.perplexity.len() as f64;
+                let perplexity = mean(&report.perplexity);
                 progress.recent.add(report.loss);
                 bar.set_position((progress.fraction(report.step) * 1000.0) as u64);
                 bar.set_message(format!(
@@ -217,11 +225,11 @@ fn judge(model: &Transformer, text: &Corpus, held_out: Range<usize>) -> Result<O
             stats.iter_mut().zip(reports).try_for_each(|(stats, report)| stats.merge(&report.stats))?;
         }
     }
-    let mean = |of: &dyn Fn(&CodeStats<f32>) -> f64| stats.iter().map(of).sum::<f64>() / stats.len() as f64;
+    let mean = |of: fn(&CodeStats<f32>) -> f64| mean(&Vec::from_iter(stats.iter().map(of)));
     Ok(Outcome::Trained {
         bits_per_byte,
-        perplexity: mean(&|stats| stats.perplexity().mean().unwrap_or_default()),
-        usage: mean(&|stats| stats.usage().mean().unwrap_or_default()),
+        perplexity: mean(|stats| stats.perplexity().mean().unwrap_or_default()),
+        usage: mean(|stats| stats.usage().mean().unwrap_or_default()),
         cached_mass: scorer.cached_mass(),
     })
 }

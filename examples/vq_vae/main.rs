@@ -24,7 +24,11 @@ mod images;
 #[path = "../support/learner.rs"]
 mod learner;
 mod network;
+#[path = "../support/out.rs"]
+mod out;
 mod picture;
+#[path = "../support/say.rs"]
+mod say;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -36,6 +40,8 @@ use clap::{Parser, ValueEnum};
 use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use learner::{Kind, Start};
+use out::Folder;
+use say::say;
 use transformer_vq::codebook::{Estimator, Rotation, RotationScale, RotationVariant, Smoothing};
 use transformer_vq::ndarray::{Array2, ArrayView2};
 
@@ -165,34 +171,34 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let begin = Instant::now();
+    let folder = Folder::create(&args.out)?;
     let judged = images::batch(JUDGED, args.seed, u64::MAX);
     let first = images::batch(BATCH, args.seed, 0);
-    println!(
-        "mean color of each patch, 3 numbers instead of a code: {:.2} dB",
-        psnr(&judged, &means(judged.view()))
-    );
+    let of_means = psnr(&judged, &means(judged.view()));
+    say(format!("mean color of each patch, 3 numbers instead of a code: {of_means:.2} dB"));
     let mut model = Autoencoder::new(args, first.view())?;
     let style = ProgressStyle::with_template("{bar:24} {pos} of {len} steps, {eta} left")?;
     let bar = ProgressBar::new(args.steps).with_style(style);
     let mut points = vec![];
     for step in 0..=args.steps {
         if step % args.steps.div_ceil(POINTS) == 0 || step == args.steps {
-            let (painted, stats) = model.reconstruct(judged.view())?;
+            let (painted, stats) = model.reconstruct(judged.view()).map_err(|e| explained(e, step))?;
             let (psnr, usage, perplexity) =
                 (psnr(&judged, &painted), stats.usage()[0], stats.perplexity()[0]);
             if !psnr.is_finite() {
-                return Err(format!("not a number after {step} steps; try a lower --rate").into());
+                return Err(diverged(step).into());
             }
             points.push(Point { step, psnr, usage, perplexity });
             let usage = 100.0 * usage;
             let line = format!(
                 "step {step:5}   {psnr:.2} dB   codes in use {usage:5.1} %, perplexity {perplexity:.0}"
             );
-            bar.suspend(|| println!("{line}"));
+            bar.suspend(|| say(line));
         }
         if step < args.steps {
             let x = images::batch(BATCH, args.seed, step);
-            model.step(x.view(), step, 1.0 - step as f32 / args.steps as f32)?;
+            let rate = 1.0 - step as f32 / args.steps as f32;
+            model.step(x.view(), step, rate).map_err(|e| explained(e, step))?;
             bar.inc(1);
         }
     }
@@ -201,15 +207,23 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let (painted, stats) = model.reconstruct(judged.view())?;
     let codes = model.paint_codes()?;
     let svg = picture::draw(judged.view(), painted.view(), codes.view(), &stats, &points)?;
-    std::fs::create_dir_all(&args.out)?;
-    let path = args.out.join("vq_vae.svg");
-    std::fs::write(&path, svg)?;
-    println!(
-        "squared distance of keys from codewords, over squared length: {:.3}",
-        model.relative_error(judged.view())?
-    );
-    println!("{:.0} s; picture: {}", begin.elapsed().as_secs_f64(), path.display());
+    let path = folder.write("vq_vae.svg", svg)?;
+    let error = model.relative_error(judged.view())?;
+    say(format!("squared distance of keys from codewords, over squared length: {error:.3}"));
+    say(format!("{:.0} s; picture: {}", begin.elapsed().as_secs_f64(), path.display()));
     Ok(())
+}
+
+fn diverged(step: u64) -> String {
+    format!("not a number after {step} steps; try a lower --rate")
+}
+
+/// What to do about an error.
+fn explained(error: transformer_vq::Error, step: u64) -> String {
+    match error {
+        transformer_vq::Error::NotFinite { .. } => diverged(step),
+        error => error.to_string(),
+    }
 }
 
 /// Decibels; colors go from 0 to 1.
