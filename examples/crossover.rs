@@ -18,26 +18,38 @@
 
 #[path = "support/exit.rs"]
 mod exit;
+#[path = "support/options.rs"]
+mod options;
+#[path = "support/out.rs"]
+mod out;
+#[path = "support/process.rs"]
+mod process;
+#[path = "support/say.rs"]
+mod say;
+#[path = "support/statistics.rs"]
+mod statistics;
 
 use std::error::Error;
-use std::fs;
 use std::hint::black_box;
-use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use clap::builder::RangedU64ValueParser;
 use exit::exit;
+use options::within;
+use out::Folder;
 use plotters::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use say::say;
+use statistics::median;
 use transformer_vq::attention::{BatchGradients, BatchInputs, BatchOutput, VqAttention, quadratic};
 use transformer_vq::check::relative_rms;
 use transformer_vq::codebook::{Codebook, Ema, Estimator, lookup};
-use transformer_vq::ndarray::{Array, Array4, Dimension, ShapeBuilder, s};
+use transformer_vq::ndarray::{Array, Array4, IntoDimension, s};
+use transformer_vq::ops::aligned;
 
 const SHORTEST: usize = 256;
 /// Lengths whose tokens per second are compared.
@@ -90,10 +102,6 @@ struct Args {
     out: PathBuf,
 }
 
-fn within(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(range)
-}
-
 fn main() -> ExitCode {
     exit(run(Args::parse()))
 }
@@ -107,10 +115,11 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
         args.max_length = args.max_length.min(4096);
         args.repetitions = args.repetitions.min(3);
     }
+    let folder = Folder::create(&args.out)?;
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
     let Args { heads, d_k, d_v, n_codes, block_len, window, threads, repetitions, .. } = args;
-    println!("H = {heads}, K = {d_k}, V = {d_v}, S = {n_codes}, L = {block_len}, M = {window}, f32");
-    println!("threads: {threads}, medians of {repetitions} repetitions\n");
+    say(format!("H = {heads}, K = {d_k}, V = {d_v}, S = {n_codes}, L = {block_len}, M = {window}, f32"));
+    say(format!("threads: {threads}, medians of {repetitions} repetitions\n"));
     if args.memory {
         // First: the peak of a process never comes down again.
         report_memory(&args)?;
@@ -118,7 +127,7 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let longest = LINEAR_TO.max(PAIR.1).max(args.max_length);
     let problem = Problem::new(&args, longest)?;
     let difference = problem.difference(1024)?;
-    println!("on the same quantized keys both agree to {difference:.0e} (relative RMS, f32)\n");
+    say(format!("on the same quantized keys both agree to {difference:.0e} (relative RMS, f32)\n"));
     if difference.is_nan() || difference > 1e-5 {
         return Err("they do not compute the same: no times".into());
     }
@@ -138,8 +147,9 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let rows = |time: fn(&Seconds) -> f64| -> Vec<Row> {
         let samples = lengths.iter().zip(&samples);
         let rows = samples.map(|(&length, (linear, quadratic))| {
-            let linear = median(linear, time).expect("at least one repetition");
-            Row { length, linear, quadratic: median(quadratic, time) }
+            let median = |samples: &[Seconds]| median(samples.iter().map(time));
+            let quadratic = (!quadratic.is_empty()).then(|| median(quadratic));
+            Row { length, linear: median(linear), quadratic }
         });
         rows.collect()
     };
@@ -154,14 +164,12 @@ fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     };
     let pairs = (0..3 * repetitions).map(|_| pair()).collect::<Result<Vec<_>, transformer_vq::Error>>()?;
     let flatness = [flatness(&pairs, |s| s.forward), flatness(&pairs, |s| s.forward + s.backward)];
+    let path = folder.write("crossover.svg", draw(&tables)?)?;
     for ((name, rows), flatness) in tables.iter().zip(flatness) {
         report(name, rows);
-        println!("tokens per second at 32k / at 4k: {flatness:.2}\n");
+        say(format!("tokens per second at 32k / at 4k: {flatness:.2}\n"));
     }
-    fs::create_dir_all(&args.out)?;
-    let path = args.out.join("crossover.svg");
-    draw(&path, &tables)?;
-    println!("picture: {}", path.display());
+    say(format!("picture: {}", path.display()));
     Ok(())
 }
 
@@ -181,21 +189,11 @@ struct Row {
     quadratic: Option<f64>,
 }
 
-fn median(samples: &[Seconds], time: fn(&Seconds) -> f64) -> Option<f64> {
-    middle(samples.iter().map(time).collect())
-}
-
-fn middle(mut numbers: Vec<f64>) -> Option<f64> {
-    numbers.sort_by(f64::total_cmp);
-    let n = numbers.len();
-    (n > 0).then(|| (numbers[(n - 1) / 2] + numbers[n / 2]) / 2.0)
-}
-
 /// Tokens per second at the second length over those at the first: the median of all pairs.
 fn flatness(pairs: &[(Seconds, Seconds)], time: fn(&Seconds) -> f64) -> f64 {
     let ratio =
         |(short, long): &(Seconds, Seconds)| (PAIR.1 as f64 / time(long)) / (PAIR.0 as f64 / time(short));
-    middle(pairs.iter().map(ratio).collect()).unwrap_or(f64::NAN)
+    median(pairs.iter().map(ratio))
 }
 
 fn seconds_per_call(
@@ -230,20 +228,23 @@ struct Problem {
 }
 
 impl Problem {
-    fn new(args: &Args, t: usize) -> Result<Self, transformer_vq::Error> {
+    fn new(args: &Args, t: usize) -> Result<Self, Box<dyn Error>> {
         let Args { heads, d_k, d_v, n_codes, block_len, window, .. } = *args;
         let attention = VqAttention { block_len, window, ..VqAttention::default() };
         attention.validate()?;
+        // Inputs, results and gradients at once, given back untouched: better refused here than halfway.
+        let all = aligned::zeros::<f32, _>((heads, t, 4 * (d_k + d_v)));
+        all.map_err(|_| format!("{t} tokens do not fit into memory: less of --heads, --d-k or --d-v"))?;
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         // Queries and keys as a unit of the model has them: of RMS 1, times K^(-1/4).
         let of_keys = (d_k as f32).powf(-0.25);
-        let codewords = random(&mut rng, (heads, n_codes, d_k), of_keys);
+        let codewords = random(&mut rng, (heads, n_codes, d_k), of_keys)?;
         Ok(Problem {
             attention,
             codebook: Codebook::ema(Ema::from_codewords(codewords, 0.99)?),
-            q: random(&mut rng, (1, heads, t, d_k), of_keys),
-            k: random(&mut rng, (1, heads, t, d_k), of_keys),
-            v: random(&mut rng, (1, heads, t, d_v), 1.0),
+            q: random(&mut rng, (1, heads, t, d_k), of_keys)?,
+            k: random(&mut rng, (1, heads, t, d_k), of_keys)?,
+            v: random(&mut rng, (1, heads, t, d_v), 1.0)?,
         })
     }
 
@@ -302,34 +303,36 @@ impl Problem {
 }
 
 /// Uniform, mean 0.
-fn random<D: Dimension, Sh: ShapeBuilder<Dim = D>>(
+fn random<Sh: IntoDimension>(
     rng: &mut ChaCha8Rng,
     shape: Sh,
     rms: f32,
-) -> Array<f32, D> {
+) -> Result<Array<f32, Sh::Dim>, transformer_vq::Error> {
     let bound = rms * 3f32.sqrt();
-    Array::from_shape_simple_fn(shape, || rng.random_range(-bound..bound))
+    let mut array = aligned::zeros(shape)?;
+    array.map_inplace(|x| *x = rng.random_range(-bound..bound));
+    Ok(array)
 }
 
 fn report(name: &str, rows: &[Row]) {
-    println!("{name}");
-    println!(
+    say(name);
+    say(format!(
         "{:>9} {:>10} {:>13} {:>9} {:>13}",
         "length", "VQ ms", "quadratic ms", "speed-up", "VQ tokens/s"
-    );
+    ));
     for Row { length, linear, quadratic } in rows {
         let cell = |x: Option<f64>, decimals| x.map_or("-".to_string(), |x| format!("{x:.decimals$}"));
-        println!(
+        say(format!(
             "{length:9} {:10.2} {:>13} {:>9} {:13.0}",
             1e3 * linear,
             cell(quadratic.map(|quadratic| 1e3 * quadratic), 2),
             cell(quadratic.map(|quadratic| quadratic / linear), 2),
             *length as f64 / linear
-        );
+        ));
     }
     match crossover(rows) {
-        Some(length) => println!("linear wins from T = {length}"),
-        None => println!("linear does not win yet"),
+        Some(length) => say(format!("linear wins from T = {length}")),
+        None => say("linear does not win yet"),
     }
 }
 
@@ -346,9 +349,9 @@ fn report_memory(args: &Args) -> Result<(), Box<dyn Error>> {
     problem.difference(256)?;
     let inputs = problem.inputs(MEMORY_LENGTH);
     let mut states = problem.attention.new_states(1, &problem.codebook, args.d_v)?;
-    let before = status("VmRSS:");
+    let before = process::resident();
     let (output, saved) = problem.attention.forward(&inputs, &problem.codebook, &mut states)?;
-    let peak = status("VmHWM:");
+    let peak = process::peak();
     let of_inputs = 4 * (inputs.q.len() + inputs.k.len() + inputs.v.len());
     let of_outputs =
         4 * (output.out.len() + output.codes.len() + output.lse.len() + output.cached_mass.len());
@@ -356,21 +359,16 @@ fn report_memory(args: &Args) -> Result<(), Box<dyn Error>> {
     let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let beyond = before.zip(peak).map(|(before, peak)| mib(peak.saturating_sub(before + of_outputs)));
     let beyond = beyond.unwrap_or("unknown on this system".to_string());
-    println!("forward on {MEMORY_LENGTH} tokens: inputs {}, outputs {}", mib(of_inputs), mib(of_outputs));
-    println!("peak memory beyond these: {beyond}\n");
+    let (inputs, outputs) = (mib(of_inputs), mib(of_outputs));
+    say(format!("forward on {MEMORY_LENGTH} tokens: inputs {inputs}, outputs {outputs}"));
+    say(format!("peak memory beyond these: {beyond}\n"));
     Ok(())
 }
 
-/// One line of what Linux says about this process, bytes.
-fn status(name: &str) -> Option<usize> {
-    let text = fs::read_to_string("/proc/self/status").ok()?;
-    let kib = text.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?;
-    Some(kib.trim().parse::<usize>().ok()? << 10)
-}
-
 /// Milliseconds over length, one panel for each table, both axes logarithmic.
-fn draw(path: &Path, tables: &[(&str, Vec<Row>)]) -> Result<(), Box<dyn Error>> {
-    let root = SVGBackend::new(path, (1000, 450)).into_drawing_area();
+fn draw(tables: &[(&str, Vec<Row>)]) -> Result<String, Box<dyn Error>> {
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1000, 450)).into_drawing_area();
     root.fill(&WHITE)?;
     let rows = || tables.iter().flat_map(|(_, rows)| rows);
     let times = || rows().flat_map(|row| [Some(row.linear), row.quadratic]).flatten().map(|time| 1e3 * time);
@@ -409,5 +407,7 @@ fn draw(path: &Path, tables: &[(&str, Vec<Row>)]) -> Result<(), Box<dyn Error>> 
             .border_style(BLACK)
             .draw()?;
     }
-    Ok(root.present()?)
+    root.present()?;
+    drop(root);
+    Ok(svg)
 }

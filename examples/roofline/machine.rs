@@ -8,6 +8,7 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use rayon::prelude::*;
 
 use crate::bandwidth::Memory;
+use crate::statistics::median;
 
 /// Side of the matrices whose product is the yardstick.
 const SIDE: usize = 2048;
@@ -141,33 +142,28 @@ pub struct Measured {
 impl Measured {
     /// Of one call, median.
     pub fn seconds(&self) -> f64 {
-        median(self.seconds.clone())
+        median(self.seconds.iter().copied())
     }
 
     /// Its speed over the yardstick's: median over rounds.
     pub fn ratio(&self) -> f64 {
-        median(self.ratios.clone())
+        median(self.ratios.iter().copied())
     }
 
     /// Its ratio over that of another task of the same rounds: median over rounds.
     pub fn ratio_over(&self, other: &Self) -> f64 {
-        median(self.ratios.iter().zip(&other.ratios).map(|(mine, other)| mine / other).collect())
+        median(self.ratios.iter().zip(&other.ratios).map(|(mine, other)| mine / other))
     }
 
     /// How many times as long it takes as another task of the same rounds: median over rounds.
     pub fn over(&self, other: &Self) -> f64 {
-        median(self.seconds.iter().zip(&other.seconds).map(|(mine, other)| mine / other).collect())
+        median(self.seconds.iter().zip(&other.seconds).map(|(mine, other)| mine / other))
     }
-}
-
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let of_five = |measure: &dyn Fn() -> f64| median((0..5).map(|_| measure()).collect()) / 1e9;
+        let of_five = |measure: &dyn Fn() -> f64| median((0..5).map(|_| measure())) / 1e9;
         let level = format!("{:?}", level());
         write!(
             f,

@@ -41,11 +41,19 @@ mod decoding;
 mod exit;
 mod machine;
 mod memory;
+#[path = "../support/options.rs"]
+mod options;
 mod others;
+#[path = "../support/process.rs"]
+mod process;
 mod quadratic;
 mod report;
+#[path = "../support/say.rs"]
+mod say;
 mod scaling;
 mod shapes;
+#[path = "../support/statistics.rs"]
+mod statistics;
 mod training;
 mod unit;
 
@@ -53,9 +61,9 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use exit::exit;
+use options::within;
 
 use crate::machine::{Machine, Rounds};
 use crate::report::Report;
@@ -73,17 +81,17 @@ struct Args {
     /// Only this shape: paper, small, multi-head or wide, in every part that has a shape
     #[arg(long)]
     shape: Option<String>,
-    /// Only this length, tokens, of attention, unit and peak memory
-    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(128..=1 << 20))]
+    /// Only this length, tokens, of attention (quadratic and others too), unit, scaling and peak memory
+    #[arg(long, conflicts_with = "all_lengths", value_parser = within(128..=1 << 20))]
     length: Option<usize>,
     /// Lengths 2048, 8192, 32768 and 131072 instead of the first two (quadratic attention: the first three)
     #[arg(long)]
     all_lengths: bool,
     /// Only this many threads; without it, one and then all
-    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    #[arg(long, value_parser = within(1..=1024))]
     threads: Option<usize>,
-    /// Pairs of measurements behind each median; without it, 15, and 5 or more where 15 would take longer than 3 seconds
-    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+    /// Pairs of measurements behind each median; without it 15, but 5 or more after 3 seconds, and 3 or more after 30
+    #[arg(long, value_parser = within(1..=1000))]
     pairs: Option<usize>,
     /// Attention without relative biases (units have them)
     #[arg(long)]

@@ -3,7 +3,6 @@
 //! What counts is the peak less what was resident before the call and less the sizes of what it returns: outputs, and
 //! gradients. Inputs and the gradient of the outputs are there before.
 
-use std::fs;
 use std::process::Command;
 
 use clap::ValueEnum;
@@ -11,7 +10,7 @@ use clap::ValueEnum;
 use crate::attention::{Buffers, Problem};
 use crate::report::Report;
 use crate::shapes::{SHAPES, Shape};
-use crate::{Args, Result};
+use crate::{Args, Result, process};
 
 const T: usize = 131_072;
 
@@ -24,7 +23,7 @@ pub enum Pass {
 
 /// One row per pass: the paper's shape, or the one that was asked for.
 pub fn table(args: &Args, threads: usize, report: &mut Report) -> Result {
-    if status("VmHWM:").is_err() {
+    if process::peak().is_none() {
         return report.paragraph("peak memory: this system does not say");
     }
     let shape = args.shape.as_deref().unwrap_or(SHAPES[0].name);
@@ -55,12 +54,13 @@ pub fn table(args: &Args, threads: usize, report: &mut Report) -> Result {
 pub fn print_peak(shape: &Shape, t: usize, biases: bool, pass: Pass) -> Result {
     let problem = Problem::new(shape, t, biases)?;
     let mut buffers = Buffers::default();
-    let before = status("VmRSS:")?;
+    let unknown = "this system does not say how much memory a process has";
+    let before = process::resident().ok_or(unknown)?;
     match pass {
         Pass::Forward => drop(problem.forward(&mut buffers)?),
         Pass::Both => problem.forward_backward(&mut buffers)?,
     }
-    let peak = status("VmHWM:")?;
+    let peak = process::peak().ok_or(unknown)?;
     let Buffers { output, gradients } = &buffers;
     let numbers =
         [&output.out, &gradients.q, &gradients.k, &gradients.v].map(|x| x.len()).iter().sum::<usize>()
@@ -74,13 +74,4 @@ pub fn print_peak(shape: &Shape, t: usize, biases: bool, pass: Pass) -> Result {
     let beyond = mb(peak) - mb(before + results);
     println!("{:.0} {:.0} {beyond:.1}", mb(size_of::<f32>() * inputs), mb(results));
     Ok(())
-}
-
-/// One line of what Linux says about this process, bytes.
-fn status(name: &str) -> Result<usize> {
-    let text = fs::read_to_string("/proc/self/status")?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let kib =
-        line.and_then(|line| line.trim().strip_suffix("kB")).ok_or("no such line in /proc/self/status")?;
-    Ok(kib.trim().parse::<usize>()? << 10)
 }

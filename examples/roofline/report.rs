@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Result;
+use crate::say::say;
 
 /// Where lines go as they come, so that a run which is stopped leaves what it measured.
 pub struct Report {
@@ -16,7 +17,9 @@ pub struct Report {
 impl Report {
     /// The file begins with date, processor and command line.
     pub fn new(path: Option<&Path>) -> Result<Self> {
-        let mut report = Report { file: path.map(File::create).transpose()?, widths: vec![] };
+        let create =
+            |path: &Path| File::create(path).map_err(|e| format!("cannot write {}: {e}", path.display()));
+        let mut report = Report { file: path.map(create).transpose()?, widths: vec![] };
         let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
         report.paragraph(&format!(
             "{}, {}, transformer-vq {}: `cargo run --release --example roofline -- {command}`",
@@ -53,7 +56,7 @@ impl Report {
             0 => format!("{cell:width$}"),
             _ => format!("{cell:>width$}"),
         });
-        println!("{}", aligned.collect::<Vec<_>>().join("  "));
+        say(aligned.collect::<Vec<_>>().join("  "));
         self.markdown(&format!("| {} |", cells.join(" | ")))
     }
 
@@ -63,7 +66,7 @@ impl Report {
     }
 
     fn both(&mut self, text: &str) -> Result {
-        println!("{text}");
+        say(text);
         self.markdown(text)
     }
 

@@ -16,7 +16,7 @@ const PASSES: [fn(&Problem, &mut Buffers) -> Result; 2] =
 /// One row per shape: speed on all threads over that on one, and as a share of the product's own gain.
 pub fn threads_table(run: &Run<'_>, report: &mut Report) -> Result {
     if run.machine.threads() == 1 {
-        return Ok(());
+        return report.paragraph("scaling: one thread alone, nothing to compare");
     }
     let t = run.length.unwrap_or(T);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
