@@ -1,7 +1,9 @@
 //! Continues a prompt with a trained model, byte by byte as they come; tokens per second at the end. With `--samples`, several
 //! times at once, which takes less time than one after the other.
 //!
-//! Needs a folder that `train_lm` has written. Runs until `--tokens` bytes are out; memory does not grow with them.
+//! Needs a folder that `train_lm` has written, with a model of bytes. Runs until `--tokens` bytes are out, or until nobody reads
+//! them any more. Memory does not grow with them, but for a model with units of exact attention, which remember every key; and
+//! `--samples` keeps its texts until all are complete.
 //!
 //! ```sh
 //! cargo run --release --example generate -- --model runs/train_lm --prompt "pub fn "
@@ -11,13 +13,15 @@
 mod exit;
 
 use std::error::Error;
-use std::io::Write;
-use std::path::PathBuf;
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
 use exit::exit;
+use serde::Deserialize;
 use transformer_vq::generate::{Generator, Sampler};
 use transformer_vq::model::Transformer;
 use transformer_vq::ndarray::Array1;
@@ -51,11 +55,48 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    let result = run(&Args::parse());
+    match &result {
+        // Whoever reads has had enough.
+        Err(error) if is_broken_pipe(&**error) => ExitCode::SUCCESS,
+        _ => exit(result),
+    }
+}
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+}
+
+/// What a model was trained on, as `train_lm` writes it into `run.json`.
+#[derive(Deserialize)]
+struct Trained {
+    #[serde(default)]
+    images: bool,
+    #[serde(default)]
+    tokenizer: Option<PathBuf>,
+}
+
+/// Refuses a model of something else than text in bytes. Where nothing tells, the size of the vocabulary has to.
+fn check_text(folder: &Path) -> Result<(), Box<dyn Error>> {
+    let path = folder.join("run.json");
+    let json = match fs::read(&path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        json => json.map_err(|e| format!("cannot read {}: {e}", path.display()))?,
+    };
+    let trained: Trained = serde_json::from_slice(&json).map_err(|e| format!("{}: {e}", path.display()))?;
+    match trained {
+        Trained { images: true, .. } => Err("the model has learned images, which no text begins".into()),
+        Trained { tokenizer: Some(tokenizer), .. } => {
+            let tokenizer = tokenizer.display();
+            Err(format!("the model knows the tokens of {tokenizer}, which are no bytes").into())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let model = Transformer::<f32>::load(&args.model)?;
+    check_text(&args.model)?;
     let vocab_size = model.config().vocab_size;
     if !(256..=257).contains(&vocab_size) {
         return Err(format!("the model knows {vocab_size} tokens, which are no bytes").into());
@@ -75,9 +116,11 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         out.flush()?;
     }
     let seconds = begun.elapsed().as_secs_f64();
+    let constant = generator.state().layers().iter().all(|unit| unit.quantized().is_some());
+    let of_length = if constant { "at any length" } else { "by now, and it grows" };
     // Beside the text: only prompt and tokens go to the standard output.
     eprintln!(
-        "\n{} tokens, {:.0} per second; state: {} bytes at any length",
+        "\n{} tokens, {:.0} per second; state: {} bytes {of_length}",
         args.tokens,
         args.tokens as f64 / seconds,
         generator.state().size_in_bytes(),
