@@ -26,14 +26,14 @@ mod log;
 mod picture;
 mod run;
 mod sample;
+#[path = "../support/say.rs"]
+mod say;
 #[path = "../support/sizes.rs"]
 mod sizes;
 #[path = "../support/text.rs"]
 mod text;
 
 use std::error::Error;
-use std::fmt::Display;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,6 +46,7 @@ use exit::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, Row};
 use run::Run;
+use say::say;
 use text::{bits, score};
 use transformer_vq::train::{Budget, Corpus, Progress};
 
@@ -150,11 +151,6 @@ fn train(run: &mut Run, stop: impl Fn(u64) -> bool) -> Result<(), Box<dyn Error>
         trainer.save(&*folder, progress)?;
     }
     Ok(())
-}
-
-/// Prints a line. A reader that has gone away is no reason to end the training.
-fn say(line: impl Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn describe(run: &Run) {

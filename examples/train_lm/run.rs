@@ -11,7 +11,7 @@ use transformer_vq::model::{ModelConfig, Transformer, write_atomically};
 use transformer_vq::train::{Batches, Budget, Corpus, Progress, Trainer};
 
 use crate::args::Args;
-use crate::say;
+use crate::say::say;
 use crate::sizes::Sizes;
 use crate::text::{batches, name, read_text, split};
 

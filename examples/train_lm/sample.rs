@@ -8,7 +8,7 @@ use transformer_vq::ndarray::Array1;
 use transformer_vq::train::ImageShape;
 
 use crate::run::Run;
-use crate::say;
+use crate::say::say;
 
 /// Tokens of a prompt and of a sample.
 const PROMPT: usize = 64;
