@@ -1,5 +1,5 @@
 //! Shows that every hand-written gradient is the derivative of its forward function: each is compared, in f64, with
-//! finite differences of fourth order, and one line is printed for each. Runs for about a second.
+//! finite differences of fourth order, and one line is printed for each. Runs for about a quarter of a minute.
 //!
 //! ```text
 //! cargo run --release --example gradcheck
@@ -53,6 +53,6 @@ pub fn report(checks: &[Check]) -> bool {
 
 pub fn main() -> ExitCode {
     println!("Hand-written gradients against finite differences of fourth order, f64, relative RMS.");
-    println!("Takes about a second.\n");
+    println!("Takes about a quarter of a minute.\n");
     if report(&checks()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

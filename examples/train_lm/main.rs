@@ -24,6 +24,8 @@ mod chart;
 mod exit;
 mod log;
 mod picture;
+#[path = "../support/process.rs"]
+mod process;
 mod run;
 mod sample;
 #[path = "../support/say.rs"]
@@ -208,7 +210,7 @@ fn finish(run: &Run) -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let size = text.size_of(held_out.clone())?;
     let with_cache = score(model, text, held_out.clone())?;
-    let (seconds, peak_memory) = (begun.elapsed().as_secs_f64(), peak_memory());
+    let (seconds, peak_memory) = (begun.elapsed().as_secs_f64(), process::peak());
     let without = model.clone().with_cache(false);
     let without_cache = score(&without, text, held_out)?;
     say(format!(
@@ -229,11 +231,4 @@ fn finish(run: &Run) -> Result<(), Box<dyn Error>> {
     }
     say(format!("val_bits_per_byte: {:.4}", size.bits_per_byte(nats)));
     Ok(())
-}
-
-/// The most bytes of memory that this process has held, where the system tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(1024 * kilobytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?)
 }
