@@ -48,7 +48,7 @@
 //! | `L` | block length |
 //! | `M` | window length |
 //! | `S` | codes in a codebook |
-//! | `H`, `Hk` | heads; heads of keys and values, where they are fewer than those of queries (a codebook has one table per such head) |
+//! | `H`, `Hk` | heads; heads of keys and values, each with its own table of codewords, where they are fewer than those of queries |
 //! | `N` | keys or rows in a list; as a divisor, those that a code has |
 //! | `f` | width of a basis (SimVQ) |
 //! | `K`, `V` | width of a key and of a value, per head |

@@ -2,8 +2,9 @@
 //!
 //! Without arguments about two minutes on two cores, on this crate's own sources and documentation. Into `--out` go the
 //! checkpoint (`checkpoint.json`, `tensors-*.safetensors`), the options (`run.json`), `log.csv` (columns: see `log.rs`) and
-//! `curves.svg`, of images a `sample.png`; an earlier run that was there goes into the folder `previous`. The last line printed is `val_bits_per_byte: X`: the whole held-out part, each token predicted once, read
-//! as one stream with carried state, in bits per byte of the text whatever the tokens are.
+//! `curves.svg`, of images a `sample.png`; an earlier run that was there goes into the folder `previous`. The last line printed
+//! is `val_bits_per_byte: X`: the whole held-out part, each token predicted once, read as one stream with carried state, in bits
+//! per byte of the text whatever the tokens are.
 //!
 //! ```sh
 //! cargo run --release --example train_lm

@@ -52,7 +52,8 @@ pub struct Rotation {
     serde(deny_unknown_fields, rename_all = "snake_case")
 )]
 pub enum RotationVariant {
-    /// `d_k = lambda R^T g`, R the rotation that turns k into the direction of c: both are constants, as the paper has it (its table 1, and `vector-quantize-pytorch`).
+    /// `d_k = lambda R^T g`, R the rotation that turns k into the direction of c: both are constants, as the paper has it (its
+    /// table 1, and `vector-quantize-pytorch`).
     #[default]
     Paper,
     /// `d_k = lambda (I - u u^T) R^T g`, u = k / |k|: the gradient of `|c| R (k / |k|)` with |c| and R constant but not |k|, so
