@@ -1,4 +1,4 @@
-//! The folder that results go into.
+//! The folder that results go into: as `model::write_atomically`, for examples that do without the model too.
 
 use std::fmt;
 use std::fs;

@@ -81,9 +81,11 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
+    const EMPTY: Self = Fingerprint { bytes: 0, fnv1a: 0xcbf2_9ce4_8422_2325 };
+
     fn of_text(text: &Corpus) -> Result<Self, Box<dyn Error>> {
         let (n_bytes, piece) = (text.n_bytes(), 1 << 20);
-        let mut fingerprint = Fingerprint { bytes: 0, fnv1a: 0xcbf2_9ce4_8422_2325 };
+        let mut fingerprint = Fingerprint::EMPTY;
         for start in (0..n_bytes).step_by(piece) {
             fingerprint.add(&text.read_bytes(start..n_bytes.min(start + piece))?);
         }
@@ -91,7 +93,7 @@ impl Fingerprint {
     }
 
     fn of_file(path: &Path) -> Result<Self, Box<dyn Error>> {
-        let mut fingerprint = Fingerprint { bytes: 0, fnv1a: 0xcbf2_9ce4_8422_2325 };
+        let mut fingerprint = Fingerprint::EMPTY;
         fingerprint.add(&fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?);
         Ok(fingerprint)
     }
@@ -125,31 +127,28 @@ fn check_apart(data: &Path, folder: &Path) -> Result<(), Box<dyn Error>> {
 
 /// Moves an earlier run, if there is one, into the folder `previous`, where it can be resumed; what was there goes.
 fn set_aside(folder: &Path) -> Result<(), Box<dyn Error>> {
-    let previous = folder.join("previous");
-    let failed = |action: &str, path: &Path, e: std::io::Error| {
-        Box::<dyn Error>::from(format!("cannot {action} {}: {e}", path.display()))
+    let failed =
+        |action: &str, path: &Path, e: std::io::Error| format!("cannot {action} {}: {e}", path.display());
+    let remove = |path: PathBuf| match fs::remove_file(&path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(failed("remove", &path, e)),
+        _ => Ok(()),
     };
-    if !folder.join(FILES[0]).exists() {
-        return Ok(());
+    let rename = |from: PathBuf, to: PathBuf| match fs::rename(&from, to) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(failed("move", &from, e)),
+        _ => Ok(()),
+    };
+    let (checkpoint, previous) = (folder.join(FILES[0]), folder.join("previous"));
+    if !checkpoint.exists() {
+        // What is left of a run that was never saved.
+        return Ok(FILES.iter().try_for_each(|name| remove(folder.join(name)))?);
     }
     fs::create_dir_all(&previous).map_err(|e| failed("create", &previous, e))?;
-    for name in FILES {
-        let path = previous.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("remove", &path, e)),
-            _ => {}
-        }
-    }
+    FILES.iter().try_for_each(|name| remove(previous.join(name)))?;
     // The checkpoint leaves first and arrives last: it is never taken for one of the new run.
-    let (checkpoint, moving) = (folder.join(FILES[0]), previous.join("moving.json"));
-    fs::rename(&checkpoint, &moving).map_err(|e| failed("move", &checkpoint, e))?;
-    for name in &FILES[1..] {
-        match fs::rename(folder.join(name), previous.join(name)) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("move", &folder.join(name), e)),
-            _ => {}
-        }
-    }
-    fs::rename(&moving, previous.join(FILES[0])).map_err(|e| failed("move", &moving, e))?;
+    let moving = previous.join("moving.json");
+    rename(checkpoint, moving.clone())?;
+    FILES[1..].iter().try_for_each(|name| rename(folder.join(name), previous.join(name)))?;
+    rename(moving, previous.join(FILES[0]))?;
     say(format!("the run that was in {} is now in {}", folder.display(), previous.display()));
     Ok(())
 }

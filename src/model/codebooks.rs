@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::parameters::{fill_normal, standard_normal};
 use super::{LearningConfig, ModelConfig, Parameters, Transformer};
-use crate::codebook::{Basis, Codebook, Ema, Learning, start};
+use crate::codebook::{Basis, Codebook, Ema, Learning, Smoothing, start};
 use crate::compiled::compiled_here;
 use crate::error::check_shape;
 use crate::{Error, Scalar};
@@ -180,7 +180,10 @@ pub(super) fn check<T: Scalar>(
             _ => false,
         };
         if !fits {
-            let expected = format!("learning by {:?}, decay {}", config.learning, config.codebook_decay);
+            let expected = match &config.learning {
+                LearningConfig::Ema { smoothing } => averages(*smoothing, config.codebook_decay),
+                other => format!("learning by {other:?}"),
+            };
             return Err(Error::invalid("codebooks", expected, kind(learning)));
         }
         let (n_heads, n_codes, d_k) = learning.check(&layer.codebook)?;
@@ -190,9 +193,13 @@ pub(super) fn check<T: Scalar>(
     Ok(())
 }
 
+fn averages(smoothing: Smoothing, decay: f64) -> String {
+    format!("moving averages with {smoothing:?} and decay {decay}")
+}
+
 fn kind<T: Scalar>(learning: &Learning<T>) -> String {
     match learning {
-        Learning::Ema(ema) => format!("moving averages with {:?}, decay {}", ema.smoothing(), ema.decay()),
+        Learning::Ema(ema) => averages(ema.smoothing(), ema.decay()),
         Learning::Gradient => "by gradient".into(),
         Learning::Linear(Basis::Learned) => "a learned basis".into(),
         Learning::Linear(Basis::Frozen(_)) => "a frozen basis".into(),

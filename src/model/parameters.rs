@@ -101,7 +101,7 @@ pub struct ParameterMut<'a, T> {
 impl Parameters<f32> {
     /// Weights N(0, 1/fan_in), embeddings N(0, 1), biases 0, gains 1.
     pub(super) fn random(config: &ModelConfig, rng: &mut ChaCha8Rng) -> Result<Self, Error> {
-        let mut parameters = Self::for_config(config)?;
+        let mut parameters = Self::try_zeros(config)?;
         let ModelConfig { d_model, n_heads, d_v, .. } = *config;
         fill_normal(&mut parameters.embedding, 1.0, rng);
         for layer in &mut parameters.layers {
@@ -153,8 +153,8 @@ pub(super) fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
 }
 
 impl<T: Scalar> Parameters<T> {
-    /// [`zeros`](Self::zeros) of a configuration whose numbers may be more than there is memory for.
-    pub(super) fn for_config(config: &ModelConfig) -> Result<Self, Error> {
+    /// [`zeros`](Self::zeros), if there is memory for them.
+    pub(super) fn try_zeros(config: &ModelConfig) -> Result<Self, Error> {
         check_numbers::<T>(config.n_parameters())?;
         Ok(Self::zeros(config))
     }

@@ -161,7 +161,7 @@ fn parameters_to_tensors_here<T: Scalar>(
 ) -> Result<Tensors<T>, Error> {
     config.validate()?;
     check_published(config)?;
-    Parameters::for_config(config)?.check_like("parameters", parameters)?;
+    Parameters::try_zeros(config)?.check_like("parameters", parameters)?;
     let mut tensors = Tensors::new();
     let mut add = |name: String, array: ArrayD<T>| tensors.insert(name, array);
     add("token_embedder.embs".into(), parameters.embedding.clone().into_dyn());
@@ -216,7 +216,7 @@ fn from_tensors_here<T: Scalar>(
 ) -> Result<Transformer<T>, Error> {
     config.validate()?;
     check_published(&config)?;
-    let mut parameters = Parameters::for_config(&config)?;
+    let mut parameters = Parameters::try_zeros(&config)?;
     let source = &mut tensors;
     take(source, "token_embedder.embs", &mut parameters.embedding)?;
     if let Some(output) = &mut parameters.output {

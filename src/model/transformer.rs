@@ -92,7 +92,7 @@ impl<T: Scalar> Transformer<T> {
         learning: Vec<Learning<T>>,
     ) -> Result<Self, Error> {
         config.validate()?;
-        Parameters::for_config(&config)?.check_like("parameters", &parameters)?;
+        Parameters::try_zeros(&config)?.check_like("parameters", &parameters)?;
         parameters.views().iter().try_for_each(|p| check_finite("parameters", p.value.view()))?;
         codebooks::check(&config, &parameters, &learning)?;
         Ok(Transformer { config, parameters, learning, buffers: Arc::default() })

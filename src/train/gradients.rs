@@ -130,12 +130,7 @@ impl<T: Scalar> Gradients<T> {
         for (mine, theirs) in self.keys.iter().zip(&other.keys) {
             check_shape("keys", &mine.shape()[1..], &theirs.shape()[1..])?;
         }
-        for gradients in [&*self, &other] {
-            let counting = gradients.counting();
-            for keys in &gradients.keys {
-                check_shape("counts", &[keys.len_of(Axis(0)), keys.len_of(Axis(2))], counting.shape())?;
-            }
-        }
+        let counts = self.counts_with(&other)?;
         let tokens = self.tokens.saturating_add(other.tokens);
         // Without any position, both are zero.
         let part = if tokens == 0 { 0.0 } else { other.tokens as f64 / tokens as f64 };
@@ -154,11 +149,7 @@ impl<T: Scalar> Gradients<T> {
         for (mine, theirs) in self.stats.iter_mut().zip(&other.stats) {
             mine.merge(theirs)?;
         }
-        if self.counts.is_some() || other.counts.is_some() {
-            let [mine, theirs] = [self.counting(), other.counting()];
-            self.counts =
-                Some(concatenate(Axis(0), &[mine.view(), theirs.view()]).expect("keys of one length"));
-        }
+        self.counts = counts;
         for (mine, theirs) in self.keys.iter_mut().zip(&other.keys) {
             *mine = concatenate(Axis(0), &[mine.view(), theirs.view()]).expect("shapes have been compared");
         }
@@ -167,13 +158,25 @@ impl<T: Scalar> Gradients<T> {
 }
 
 impl<T> Gradients<T> {
-    /// Which keys count [B, T], if there are keys.
-    fn counting(&self) -> Array2<bool> {
-        let all = || {
-            let dim = self.keys.first().map_or((0, 0), |keys| (keys.len_of(Axis(0)), keys.len_of(Axis(2))));
-            Array2::from_elem(dim, true)
-        };
-        self.counts.clone().unwrap_or_else(all)
+    /// Which keys of both count, if not all do.
+    fn counts_with(&self, other: &Self) -> Result<Option<Array2<bool>>, Error> {
+        if self.counts.is_none() && other.counts.is_none() {
+            return Ok(None);
+        }
+        let [mine, theirs] = [self.counting()?, other.counting()?];
+        check_shape("counts", &[theirs.nrows(), mine.ncols()], theirs.shape())?;
+        Ok(Some(concatenate(Axis(0), &[mine.view(), theirs.view()]).expect("as wide as each other")))
+    }
+
+    /// Which keys count [B, T].
+    fn counting(&self) -> Result<Array2<bool>, Error> {
+        let dim = |keys: &Array4<T>| (keys.len_of(Axis(0)), keys.len_of(Axis(2)));
+        let all = || Array2::from_elem(self.keys.first().map_or((0, 0), dim), true);
+        let counts = self.counts.clone().unwrap_or_else(all);
+        for (b, t) in self.keys.iter().map(dim) {
+            check_shape("counts", &[b, t], counts.shape())?;
+        }
+        Ok(counts)
     }
 }
 

@@ -388,5 +388,6 @@ fn generation_is_checked_and_keeps_its_place() {
     refused(log_probabilities(&model, Array1::zeros(0).view(), 4), "Empty", "text");
     refused(log_probabilities(&model, good.view(), 0), "Invalid", "piece_len");
     refused(log_probabilities(&model, array![1, 9, 1].view(), 4), "OutOfRange", "text");
+    refused(log_probabilities(&model, array![9, 1, 1].view(), 4), "OutOfRange", "text");
     refused(log_probabilities(&model, array![9].view(), 4), "OutOfRange", "text");
 }

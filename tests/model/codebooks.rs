@@ -134,6 +134,19 @@ fn codes_revive_at_keys_that_count_alone() {
     let counts = gradients.counts.clone().unwrap();
     assert_eq!(counts, Array2::from_shape_fn((3, len), |(b, t)| t < [len, len / 2, 0][b]));
 
+    // Those that do not belong to the keys, or to no keys at all, are told.
+    for n_keys in [0, gradients.keys.len()] {
+        let mut wrong = collect(0, len);
+        wrong.counts = Some(Array2::from_elem((1, len + 1), true));
+        let mut merged = gradients.clone();
+        for gradients in [&mut wrong, &mut merged] {
+            gradients.keys.truncate(n_keys);
+        }
+        let before = merged.clone();
+        assert!(matches!(merged.merge(wrong), Err(Error::Shape { what: "counts", .. })));
+        assert_eq!(merged, before);
+    }
+
     let keys = gradients.keys.clone();
     let mut trainer = Trainer::new(model.clone(), AdamW::default()).unwrap();
     trainer.apply(gradients.clone(), 1.0).unwrap();
